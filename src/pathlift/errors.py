@@ -1,0 +1,31 @@
+"""Every error the library raises on purpose."""
+
+from __future__ import annotations
+
+
+class PathliftError(Exception):
+    """Base class of all errors raised by pathlift."""
+
+
+class ArgumentError(PathliftError, ValueError):
+    """An argument has the wrong type, shape or value."""
+
+
+class CaptureError(PathliftError):
+    """The model can't be turned into a graph of tensor operations."""
+
+
+class UnsupportedOperationError(PathliftError):
+    """The path lifting is not defined for an operation of the graph."""
+
+
+class RangeError(PathliftError):
+    """A rescaling would push a parameter out of the normal range of its dtype."""
+
+
+class VerificationError(PathliftError):
+    """The rescaled network does not compute the same bits; the model has been restored."""
+
+
+class MissingDependencyError(PathliftError, ImportError):
+    """An optional dependency is needed and not installed."""

@@ -1,0 +1,407 @@
+"""Abstract interpretation of a :class:`~pathlift.capture.Program` over scales.
+
+One transfer rule per operation (package ``rules``) reads the forms of its inputs, adds equations
+and returns the forms of its outputs. An operation without a rule pins its inputs: no symmetry is
+used there, and the group's report lists it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from pathlift.capture import Graph, Program
+from pathlift.symmetry.equations import Equations
+from pathlift.symmetry.scales import Form, Leaf, Value, add_forms, collapse, varying
+
+Result = Value | Form | Sequence["Value | Form | None"] | None
+Rule = Callable[..., Result]
+
+RULES: dict[str, Rule] = {}
+
+# Beyond this many equations of one operation the operation is pinned instead.
+_MAX_EQUATIONS = 20_000_000
+_MAX_CONSTANT = 20_000_000
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a transfer rule for ATen operations by name, without overload (``"relu"``).
+
+    The rule is called with the :class:`Inference`, the node, and the operation's arguments, each
+    tensor replaced by its :class:`Value`. In-place variants (``relu_``) share the rule.
+    """
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def operation(node: fx.Node) -> str:
+    """The name of the ATen operation without namespace, overload and in-place underscore."""
+    target = node.target
+    if target is operator.getitem:
+        return "getitem"
+    name = getattr(target, "_opname", None) or getattr(
+        getattr(target, "_schema", None), "name", str(target)
+    )
+    name = str(name).split("::")[-1]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def in_place(node: fx.Node) -> bool:
+    """Whether the call overwrites its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    info = schema.arguments[0].alias_info if schema and schema.arguments else None
+    return bool(info and info.is_write)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that ran the node ('' for the model itself)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = list(stack.values())
+    return str(entries[-1][0]) if entries else ""
+
+
+def shape_of(node: fx.Node) -> torch.Size:
+    """The shape of the node's output (empty for what is not one tensor)."""
+    value = node.meta.get("val")
+    return torch.Size(int(n) for n in value.shape) if isinstance(value, Tensor) else torch.Size()
+
+
+class Inference:
+    """Walks the graphs of a program and collects equations; rules call its methods."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.equations = Equations()
+        self.leaves = {
+            name: Leaf(name, p.shape)
+            for name, p in program.parameters.items()
+            if p.is_floating_point()
+        }
+        self.pinned_by: Counter[str] = Counter()
+        self.node: fx.Node | None = None
+        # Ids are kept alive so that views of them keep distinct addresses.
+        self._keep: list[Tensor] = []
+        for graph in program.graphs:
+            self._walk(graph)
+
+    # ---------------------------------------------------------------- walking
+
+    def _walk(self, graph: Graph) -> None:
+        env: dict[fx.Node, Any] = {}
+        for node in graph.nodes:
+            self.node = node
+            if node.op == "placeholder":
+                env[node] = self._placeholder(graph, node)
+            elif node.op == "get_attr":
+                attribute = operator.attrgetter(str(node.target))(graph.module)
+                env[node] = self.constant(attribute) if isinstance(attribute, Tensor) else None
+            elif node.op == "output":
+                for out in graph.outputs():
+                    self._pin_nested(env.get(out), "the network's output")
+            else:
+                env[node] = self._call(node, env)
+                if in_place(node) and isinstance(node.args[0], fx.Node):
+                    env[node.args[0]] = env[node]
+
+    def _placeholder(self, graph: Graph, node: fx.Node) -> Value | None:
+        if node.name in graph.lifted:
+            return self.constant(graph.lifted[node.name])
+        name = graph.tensors.get(node.name)
+        if name in self.leaves:
+            leaf = self.leaves[name]
+            return Value(leaf.shape, None, leaf)
+        if name in self.program.buffers:
+            return self.constant(self.program.buffers[name])
+        if name in self.program.parameters:
+            return self.constant(self.program.parameters[name].detach())
+        if not isinstance(node.meta.get("val"), Tensor):
+            return None
+        return self.fixed(shape_of(node))
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        args = fx.node.map_arg(node.args, lambda n: env.get(n))
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: env.get(n))
+        name = operation(node)
+        if name == "getitem":
+            source = args[0]
+            return source[args[1]] if isinstance(source, (list, tuple)) else None
+        values = values_in((args, kwargs))
+        folded = self._fold(node, args, kwargs, values)
+        if folded is not None:
+            return folded
+        function = RULES.get(name)
+        result: Any
+        if function is None:
+            result = self.pin_all(name, values)
+        else:
+            try:
+                result = function(self, node, *args, **kwargs)
+            except _Refused:
+                result = self.pin_all(name, values)
+        return self._outputs(node, result)
+
+    def _outputs(self, node: fx.Node, result: Any) -> Any:
+        meta = node.meta.get("val")
+        if isinstance(meta, (list, tuple)):
+            given = list(result) if isinstance(result, (list, tuple)) else [None] * len(meta)
+            given += [None] * (len(meta) - len(given))
+            return [
+                self._output(r, m.shape if isinstance(m, Tensor) else torch.Size())
+                for r, m in zip(given, meta, strict=True)
+            ]
+        return self._output(result, shape_of(node))
+
+    def _output(self, result: Any, shape: torch.Size) -> Value:
+        if isinstance(result, Value):
+            return result
+        if isinstance(result, Form):
+            return Value(shape, result if result.shape == shape else result.expand(shape))
+        return self.fixed(shape)
+
+    def _fold(self, node: fx.Node, args: Any, kwargs: Any, values: list[Value]) -> Any:
+        """Evaluate what depends on constants alone (masks, index tables, position ids)."""
+        tags = getattr(node.target, "tags", ())
+        if (
+            any(v.constant is None for v in values)
+            or torch.Tag.nondeterministic_seeded in tags
+            or in_place(node)
+            or operation(node).startswith(("empty", "new_empty"))
+        ):
+            return None
+        meta = node.meta.get("val")
+        sizes = [m.numel() for m in (meta if isinstance(meta, (list, tuple)) else [meta])
+                 if isinstance(m, Tensor)]
+        if not sizes or sum(sizes) > _MAX_CONSTANT:
+            return None
+        plain = _replace((args, kwargs), lambda v: v.constant)
+        try:
+            with torch.no_grad():
+                out = node.target(*plain[0], **plain[1])  # type: ignore[operator]
+        except Exception:  # an operation that can't run here is simply not folded
+            return None
+        if isinstance(out, Tensor):
+            return self.constant(out)
+        if isinstance(out, (list, tuple)):
+            return [self.constant(o) if isinstance(o, Tensor) else None for o in out]
+        return None
+
+    # ------------------------------------------------------- making values
+
+    def constant(self, tensor: Tensor) -> Value:
+        """A tensor that is known and never rescaled."""
+        tensor = tensor.detach()
+        zero = tensor.numel() > 0 and tensor.numel() <= 1_000_000 and not bool(tensor.any())
+        return Value(tensor.shape, Form(tensor.shape), constant=tensor, zero=zero)
+
+    def fixed(self, shape: Sequence[int]) -> Value:
+        """A tensor of scale 0."""
+        return Value(torch.Size(shape), Form(torch.Size(shape)))
+
+    def fresh(self, shape: Sequence[int]) -> Tensor:
+        """New variables, one per element of ``shape``."""
+        size = int(np.prod(shape, dtype=np.int64))
+        if size > _MAX_EQUATIONS:
+            raise _Refused
+        ids = self.equations.fresh(size)
+        tensor = torch.arange(ids.start, ids.stop).reshape(tuple(shape))
+        self._keep.append(tensor)
+        return tensor
+
+    def fresh_form(self, shape: Sequence[int], dims: Sequence[int]) -> Form:
+        """A form of ``shape`` with one new variable per index of ``dims``."""
+        dims = [d % len(shape) for d in dims] if shape else []
+        small = [n if d in dims else 1 for d, n in enumerate(shape)]
+        return Form(torch.Size(shape), ((1, self.fresh(small).expand(tuple(shape))),))
+
+    # ------------------------------------------------------ reading values
+
+    def form(self, value: Value | None) -> Form:
+        """The form of a value; a parameter not consumed before gets its general form here.
+
+        A vector gets one variable per entry, a larger tensor a separable form: the sum of one
+        variable per index of each dimension (all that rows and columns can carry).
+        """
+        if value is None:
+            return Form(torch.Size())
+        if value.form is not None:
+            return value.form
+        leaf = value.leaf
+        assert leaf is not None
+        if leaf.form is None:
+            dims = [d for d, n in enumerate(leaf.shape) if n > 1]
+            terms = []
+            for k, d in enumerate(dims or [0] if leaf.shape else [0]):
+                shape = [n if i == d else 1 for i, n in enumerate(leaf.shape)]
+                ids = self.fresh(shape)
+                if k:  # a constant moved between two terms changes nothing: fix it
+                    self._add([(1, ids.flatten()[:1])])
+                terms.append((1, ids.expand(leaf.shape)))
+            leaf.form = Form(leaf.shape, tuple(terms))
+        self._use(leaf)
+        return leaf.form
+
+    def elementwise_form(self, value: Value) -> Form:
+        """Like :meth:`form`, with one variable per entry of an unconsumed parameter."""
+        leaf = value.leaf
+        if value.form is None and leaf is not None and leaf.form is None:
+            leaf.form = Form(leaf.shape, ((1, self.fresh(leaf.shape)),))
+        return self.form(value)
+
+    def bind(self, value: Value | None, form: Form) -> None:
+        """Demand that ``value`` (typically a parameter) has this form."""
+        if value is None:
+            return
+        if value.form is None and value.leaf is not None and value.leaf.form is None:
+            value.leaf.form = form
+            self._use(value.leaf)
+        else:
+            self.equate(self.form(value), form)
+
+    def is_new(self, value: Value | None) -> bool:
+        """Whether the value is a parameter that no operation has consumed yet."""
+        return (
+            value is not None
+            and value.form is None
+            and value.leaf is not None
+            and value.leaf.form is None
+        )
+
+    def _use(self, leaf: Leaf) -> None:
+        if self.node is not None:
+            leaf.uses.append(f"{operation(self.node)} at '{module_path(self.node)}'")
+
+    # ---------------------------------------------------- adding equations
+
+    def equate(self, a: Form, b: Form) -> None:
+        """All elements of the two forms (broadcast) have equal scales."""
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        self.zero(add_forms(a.expand(shape), b.expand(shape).scaled(-1)))
+
+    def zero(self, form: Form) -> None:
+        """All elements have scale 0.
+
+        Terms that vary along disjoint dimensions are separated first: ``f(o) + h(i) = 0`` for
+        all o, i says ``f(o) = f(0)``, ``h(i) = h(0)`` and ``f(0) + h(0) = 0``, which is O + I
+        equations instead of O * I.
+        """
+        terms = [(c, collapse(ids)) for c, ids in form.terms]
+        if not terms or form.shape.numel() == 0:
+            return
+        groups = axis_components([varying(ids) for _, ids in terms])
+        if len(groups) == 1:
+            self._add(terms)
+            return
+        origin = []
+        for group in groups:
+            here = [terms[k] for k in group]
+            corner = [(c, ids.flatten()[:1].reshape((1,) * ids.dim())) for c, ids in here]
+            origin += corner
+            if any(ids.numel() > 1 for _, ids in here):
+                self._add(here + [(-c, ids) for c, ids in corner])
+        self._add(origin)
+
+    def tie(self, form: Form, dims: Sequence[int]) -> Form:
+        """Equal scales along ``dims``; returns the form with size 1 there."""
+        first = form.first(dims)
+        if form.terms:
+            self.equate(form, first)
+        return first
+
+    def pin(self, value: Value | None, why: str | None = None) -> None:
+        """Every element of ``value`` has scale 0."""
+        if value is None or (value.form is not None and value.form.pinned) or value.zero:
+            return
+        if value.leaf is not None and value.form is None and value.leaf.why_pinned is None:
+            value.leaf.why_pinned = why
+        if self.is_new(value):
+            self.bind(value, Form(value.shape))
+        else:
+            self.zero(self.form(value))
+
+    def pin_all(self, name: str, values: Sequence[Value]) -> None:
+        """Pin the inputs of an operation that is not homogeneous or not known."""
+        free = [v for v in values if not (v.form is not None and v.form.pinned)]
+        if free:
+            self.pinned_by[name] += 1
+        for value in free:
+            self.pin(value, name)
+
+    def single(self, value: Value) -> Tensor:
+        """The form as one id tensor (new variables where it is a sum)."""
+        form = self.form(value)
+        if value.zero:
+            return self.fresh([1] * len(value.shape)).expand(value.shape)
+        if form.pinned:
+            return torch.zeros((1,) * len(form.shape), dtype=torch.int64).expand(form.shape)
+        if len(form.terms) == 1 and form.terms[0][0] == 1:
+            return form.terms[0][1]
+        dims = sorted(frozenset().union(*(varying(ids) for _, ids in form.terms)))
+        new = self.fresh_form(form.shape, dims)
+        self.equate(new, form)
+        return new.terms[0][1]
+
+    def _add(self, terms: Sequence[tuple[int, Tensor]]) -> None:
+        grids = torch.broadcast_tensors(*(ids for _, ids in terms))
+        if grids[0].numel() > _MAX_EQUATIONS:
+            raise _Refused
+        flat = [g.reshape(-1).numpy() for g in grids]
+        self.equations.add([c for c, _ in terms], flat)
+
+    def _pin_nested(self, value: Any, why: str) -> None:
+        for v in values_in(value):
+            self.pin(v, why)
+
+
+class _Refused(Exception):
+    """A rule does not cover this call; the operation is pinned."""
+
+
+def refuse() -> None:
+    """Called by a rule that does not cover a call: its inputs are pinned."""
+    raise _Refused
+
+
+def axis_components(axes: Sequence[frozenset[int]]) -> list[list[int]]:
+    """Group terms that share a dimension, directly or through others."""
+    groups: list[tuple[set[int], list[int]]] = []
+    for k, own in enumerate(axes):
+        touching = [g for g in groups if g[0] & own]
+        merged: tuple[set[int], list[int]] = (set(own), [k])
+        for g in touching:
+            merged[0].update(g[0])
+            merged[1].extend(g[1])
+            groups.remove(g)
+        groups.append(merged)
+    return [sorted(members) for _, members in groups]
+
+
+def values_in(nested: Any) -> list[Value]:
+    """All values inside nested lists, tuples and dicts."""
+    if isinstance(nested, Value):
+        return [nested]
+    if isinstance(nested, dict):
+        return [v for x in nested.values() for v in values_in(x)]
+    if isinstance(nested, (list, tuple)):
+        return [v for x in nested for v in values_in(x)]
+    return []
+
+
+def _replace(nested: Any, function: Callable[[Value], Any]) -> Any:
+    if isinstance(nested, Value):
+        return function(nested)
+    if isinstance(nested, dict):
+        return {k: _replace(v, function) for k, v in nested.items()}
+    if isinstance(nested, (list, tuple)):
+        return type(nested)(_replace(v, function) for v in nested)
+    return nested

@@ -1,0 +1,120 @@
+"""The abstract value of an activation or parameter: which log2 scale each of its elements carries.
+
+A scale is a *variable*, named by a positive integer id; id 0 is the scale that is always zero.
+An element's scale is an integer combination of variables. A tensor's scales are therefore a
+:class:`Form`: a sum of terms ``coefficient * ids`` with ``ids`` an integer tensor of the shape of
+the value, nearly always an expanded (stride 0) view of one id per channel. Reshaping, slicing or
+permuting an activation is reshaping, slicing or permuting its ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def varying(ids: Tensor) -> frozenset[int]:
+    """The dimensions along which ``ids`` may vary (size above 1 and not expanded)."""
+    return frozenset(d for d in range(ids.dim()) if ids.size(d) > 1 and ids.stride(d) != 0)
+
+
+def collapse(ids: Tensor) -> Tensor:
+    """``ids`` with size 1 along every dimension it does not vary in."""
+    index = tuple(
+        slice(None) if ids.size(d) > 1 and ids.stride(d) != 0 else slice(0, 1)
+        for d in range(ids.dim())
+    )
+    return ids[index] if ids.dim() else ids
+
+
+def compact(ids: Tensor) -> Tensor:
+    """The same ids with stride 0 along every dimension in which all slices are equal.
+
+    Operations that had to copy (``cat``, ``roll``, some reshapes) return to views here, so that
+    positions and tokens do not multiply the ids.
+    """
+    if ids.numel() == 0:
+        return ids
+    small = collapse(ids)
+    for d in sorted(varying(small), key=lambda d: -small.size(d)):
+        first = small.narrow(d, 0, 1)
+        if torch.equal(small.narrow(d, 1, 1), first) and bool((small == first).all()):
+            small = first
+    return small.expand(ids.shape)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A sum of ``coefficient * ids``; no term at all means scale 0 everywhere (pinned)."""
+
+    shape: torch.Size
+    terms: tuple[tuple[int, Tensor], ...] = ()
+
+    @property
+    def pinned(self) -> bool:
+        """Whether every element has scale 0 by construction."""
+        return not self.terms
+
+    def map(self, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Form:
+        """Apply a shape operation to the ids of every term."""
+        return Form(torch.Size(shape), tuple((c, function(ids)) for c, ids in self.terms))
+
+    def scaled(self, factor: int) -> Form:
+        """``factor`` times this form (the scale of an integer power)."""
+        return Form(self.shape, tuple((c * factor, ids) for c, ids in self.terms if factor))
+
+    def expand(self, shape: Sequence[int]) -> Form:
+        """Broadcast to ``shape``."""
+        return self.map(lambda ids: ids.expand(torch.Size(shape)), shape)
+
+    def first(self, dims: Iterable[int]) -> Form:
+        """The slice at index 0 of ``dims`` (kept with size 1)."""
+        dims = {d % max(len(self.shape), 1) for d in dims}
+        shape = [1 if d in dims else n for d, n in enumerate(self.shape)]
+        index = tuple(slice(0, 1) if d in dims else slice(None) for d in range(len(self.shape)))
+        return self.map(lambda ids: ids[index], shape)
+
+
+def add_forms(*forms: Form) -> Form:
+    """The sum of forms of one shape; equal views are merged."""
+    merged: dict[tuple[object, ...], tuple[int, Tensor]] = {}
+    for form in forms:
+        for coefficient, ids in form.terms:
+            small = collapse(ids)
+            key = (small.data_ptr(), tuple(small.shape), tuple(small.stride()))
+            old = merged.get(key, (0, ids))[0]
+            merged[key] = (old + coefficient, ids)
+    terms = tuple((c, ids) for c, ids in merged.values() if c)
+    return Form(forms[0].shape, terms)
+
+
+@dataclass
+class Leaf:
+    """A parameter, whose form is set by the first operation that consumes it."""
+
+    name: str
+    shape: torch.Size
+    form: Form | None = None
+    why_pinned: str | None = None
+    uses: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of one node of the graph.
+
+    Attributes:
+        form: scales of the elements; ``None`` for a parameter no operation has consumed yet.
+        leaf: the parameter itself where the node is one.
+        constant: the concrete tensor where it depends on neither inputs nor parameters.
+        zero: whether all elements are exactly zero (any scale is right).
+    """
+
+    shape: torch.Size
+    form: Form | None
+    leaf: Leaf | None = None
+    constant: Tensor | None = None
+    zero: bool = False
