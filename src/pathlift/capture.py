@@ -7,10 +7,11 @@ written has no influence, only the operations it performs.
 from __future__ import annotations
 
 import inspect
+import operator
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ _MODE_IS_A_FLAG = (
     nn.modules.dropout._DropoutNd,
     nn.RReLU,
 )
+
+
+# Larger constants are not evaluated: what reads them is treated as unknown.
+_MAX_CONSTANT = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,15 @@ class Graph:
         training: the mode the model was in.
         tensors: placeholder name -> name of the parameter or buffer it stands for; tied tensors
             stand under the first of their names.
-        lifted: placeholder or attribute name -> constant tensor.
-        module: owner of the graph (resolves ``get_attr`` nodes).
+        constants: node -> value, for what depends on neither inputs nor parameters (buffers,
+            masks, index tables, position ids).
+        state_outputs: outputs that are updated buffers.
     """
 
     nodes: tuple[fx.Node, ...]
     training: bool
     tensors: dict[str, str]
-    lifted: dict[str, Tensor]
-    module: fx.GraphModule
+    constants: dict[fx.Node, Any]
     state_outputs: frozenset[str] = frozenset()
 
     def outputs(self) -> list[fx.Node]:
@@ -86,6 +91,42 @@ class Program:
     def graph(self, training: bool) -> Graph:
         """The graph of the given mode."""
         return next((g for g in self.graphs if g.training == training), self.graphs[0])
+
+
+def operation(node: fx.Node) -> str:
+    """The name of the ATen operation without namespace, overload and in-place underscore."""
+    target = node.target
+    if target is operator.getitem:
+        return "getitem"
+    name = getattr(target, "_opname", None) or getattr(
+        getattr(target, "_schema", None), "name", str(target)
+    )
+    name = str(name).split("::")[-1]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def in_place(node: fx.Node) -> bool:
+    """Whether the call overwrites its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    info = schema.arguments[0].alias_info if schema and schema.arguments else None
+    return bool(info and info.is_write)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that ran the node ('' for the model itself)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = list(stack.values())
+    return str(entries[-1][0]) if entries else ""
+
+
+def shape_of(node: fx.Node) -> torch.Size:
+    """The shape of the node's output (empty for what is not one tensor)."""
+    value = node.meta.get("val")
+    return (
+        torch.Size(int(n) for n in value.shape)
+        if isinstance(value, Tensor)
+        else torch.Size()
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -177,7 +218,12 @@ def check_model(model: object) -> nn.Module:
 def _check_storage(parameters: Mapping[str, Tensor]) -> None:
     """Two parameters over the same memory would be multiplied twice: refuse them."""
     spans = sorted(
-        (p.untyped_storage().data_ptr(), p.storage_offset() * p.element_size(), p.nbytes, name)
+        (
+            p.untyped_storage().data_ptr(),
+            p.storage_offset() * p.element_size(),
+            p.nbytes,
+            name,
+        )
         for name, p in parameters.items()
         if p.numel() and p.untyped_storage().data_ptr()
     )
@@ -198,7 +244,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(torch.is_grad_enabled()):
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.set_grad_enabled(torch.is_grad_enabled()),
+    ):
         try:
             yield
         finally:
@@ -267,7 +316,9 @@ def capture(model: nn.Module, example_inputs: object) -> Program:
     return Program(tuple(graphs), parameters, buffers, aliases, inputs)
 
 
-def _trace(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]) -> Graph:
+def _trace(
+    model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]
+) -> Graph:
     try:
         return _trace_export(model, inputs, mode, aliases)
     except Exception as error:  # whatever export refuses, the fallback may take
@@ -294,14 +345,20 @@ def describe(inputs: Inputs) -> str:
             return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
         return type(value).__name__
 
-    parts = [one(a) for a in inputs.args] + [f"{k}={one(v)}" for k, v in inputs.kwargs.items()]
+    parts = [one(a) for a in inputs.args] + [
+        f"{k}={one(v)}" for k, v in inputs.kwargs.items()
+    ]
     return "[" + ", ".join(parts) + "]"
 
 
-def _trace_export(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]) -> Graph:
+def _trace_export(
+    model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]
+) -> Graph:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(model, inputs.args, inputs.kwargs or None, strict=False)
+        exported = torch.export.export(
+            model, inputs.args, inputs.kwargs or None, strict=False
+        )
         if mutates_aliases(exported.graph_module.graph):
             exported = exported.run_decompositions({})
     signature = exported.graph_signature
@@ -335,10 +392,13 @@ def _trace_export(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[st
         and hasattr(spec.arg, "name")
     }
     module = exported.graph_module
-    return Graph(tuple(module.graph.nodes), mode, tensors, lifted, module, state - user)
+    constants = fold_constants(model, module, tensors, lifted)
+    return Graph(tuple(module.graph.nodes), mode, tensors, constants, state - user)
 
 
-def _trace_fx(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]) -> Graph:
+def _trace_fx(
+    model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]
+) -> Graph:
     """Fallback: trace with fake tensors through ``make_fx``, parameters passed as arguments."""
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils import _pytree as pytree
@@ -350,7 +410,11 @@ def _trace_fx(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, s
     def run(state: dict[str, Tensor], leaves: list[Tensor]) -> Any:
         given = iter(leaves)
         args, kwargs = pytree.tree_unflatten(
-            [next(given) if t else leaf for t, leaf in zip(is_tensor, flat, strict=True)], spec
+            [
+                next(given) if t else leaf
+                for t, leaf in zip(is_tensor, flat, strict=True)
+            ],
+            spec,
         )
         out = torch.func.functional_call(model, state, args, kwargs)
         return [t for t in tensors_in(out) if t.is_floating_point()]
@@ -363,7 +427,62 @@ def _trace_fx(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, s
         raise CaptureError("the model writes into views of its own activations")
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     tensors = {n.name: name for n, name in zip(placeholders, named, strict=False)}
-    return Graph(tuple(module.graph.nodes), mode, tensors, {}, module)
+    constants = fold_constants(model, module, tensors, {})
+    return Graph(tuple(module.graph.nodes), mode, tensors, constants)
+
+
+def fold_constants(
+    model: nn.Module,
+    module: fx.GraphModule,
+    tensors: dict[str, str],
+    lifted: dict[str, Tensor],
+) -> dict[fx.Node, Any]:
+    """Evaluate what depends on constants alone; random and in-place operations are left out."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    known: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            name = tensors.get(node.name, "")
+            if node.name in lifted:
+                known[node] = lifted[node.name].detach()
+            elif name in buffers:
+                known[node] = buffers[name].detach()
+            elif name in parameters and not parameters[name].is_floating_point():
+                known[node] = parameters[name].detach()
+        elif node.op == "get_attr":
+            attribute = operator.attrgetter(str(node.target))(module)
+            if isinstance(attribute, Tensor):
+                known[node] = attribute.detach()
+        elif node.op == "call_function" and all(
+            n in known for n in node.all_input_nodes
+        ):
+            if _foldable(node):
+                args, kwargs = fx.node.map_arg(
+                    (node.args, node.kwargs), known.__getitem__
+                )
+                # An operation that can't run here (another device, a custom one) stays unfolded.
+                with suppress(Exception), torch.no_grad():
+                    known[node] = node.target(*args, **kwargs)
+    return known
+
+
+def _foldable(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    meta = node.meta.get("val")
+    sizes = [
+        m.numel()
+        for m in (meta if isinstance(meta, (list, tuple)) else [meta])
+        if isinstance(m, Tensor)
+    ]
+    return (
+        bool(sizes)
+        and sum(sizes) <= _MAX_CONSTANT
+        and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+        and not in_place(node)
+        and not operation(node).startswith(("empty", "new_empty"))
+    )
 
 
 def mutates_aliases(graph: fx.Graph) -> bool:
@@ -428,5 +547,3 @@ def tensors_in(value: Any) -> list[Tensor]:
     if hasattr(value, "__dict__"):
         return [t for v in vars(value).values() for t in tensors_in(v)]
     return []
-
-

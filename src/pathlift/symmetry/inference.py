@@ -7,7 +7,6 @@ used there, and the group's report lists it.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from pathlift.capture import Graph, Program
+from pathlift.capture import Graph, Program, in_place, module_path, operation, shape_of
 from pathlift.symmetry.equations import Equations
 from pathlift.symmetry.scales import Form, Leaf, Value, add_forms, collapse, varying
 
@@ -27,7 +26,6 @@ RULES: dict[str, Rule] = {}
 
 # Beyond this many equations of one operation the operation is pinned instead.
 _MAX_EQUATIONS = 20_000_000
-_MAX_CONSTANT = 20_000_000
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -43,38 +41,6 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-def operation(node: fx.Node) -> str:
-    """The name of the ATen operation without namespace, overload and in-place underscore."""
-    target = node.target
-    if target is operator.getitem:
-        return "getitem"
-    name = getattr(target, "_opname", None) or getattr(
-        getattr(target, "_schema", None), "name", str(target)
-    )
-    name = str(name).split("::")[-1]
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
-def in_place(node: fx.Node) -> bool:
-    """Whether the call overwrites its first argument."""
-    schema = getattr(node.target, "_schema", None)
-    info = schema.arguments[0].alias_info if schema and schema.arguments else None
-    return bool(info and info.is_write)
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost module that ran the node ('' for the model itself)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    entries = list(stack.values())
-    return str(entries[-1][0]) if entries else ""
-
-
-def shape_of(node: fx.Node) -> torch.Size:
-    """The shape of the node's output (empty for what is not one tensor)."""
-    value = node.meta.get("val")
-    return torch.Size(int(n) for n in value.shape) if isinstance(value, Tensor) else torch.Size()
 
 
 class Inference:
@@ -101,11 +67,10 @@ class Inference:
         env: dict[fx.Node, Any] = {}
         for node in graph.nodes:
             self.node = node
-            if node.op == "placeholder":
+            if node in graph.constants:
+                env[node] = self._known(graph.constants[node])
+            elif node.op == "placeholder":
                 env[node] = self._placeholder(graph, node)
-            elif node.op == "get_attr":
-                attribute = operator.attrgetter(str(node.target))(graph.module)
-                env[node] = self.constant(attribute) if isinstance(attribute, Tensor) else None
             elif node.op == "output":
                 for out in graph.outputs():
                     self._pin_nested(env.get(out), "the network's output")
@@ -115,16 +80,10 @@ class Inference:
                     env[node.args[0]] = env[node]
 
     def _placeholder(self, graph: Graph, node: fx.Node) -> Value | None:
-        if node.name in graph.lifted:
-            return self.constant(graph.lifted[node.name])
         name = graph.tensors.get(node.name)
         if name in self.leaves:
             leaf = self.leaves[name]
             return Value(leaf.shape, None, leaf)
-        if name in self.program.buffers:
-            return self.constant(self.program.buffers[name])
-        if name in self.program.parameters:
-            return self.constant(self.program.parameters[name].detach())
         if not isinstance(node.meta.get("val"), Tensor):
             return None
         return self.fixed(shape_of(node))
@@ -137,9 +96,6 @@ class Inference:
             source = args[0]
             return source[args[1]] if isinstance(source, (list, tuple)) else None
         values = values_in((args, kwargs))
-        folded = self._fold(node, args, kwargs, values)
-        if folded is not None:
-            return folded
         function = RULES.get(name)
         result: Any
         if function is None:
@@ -154,7 +110,11 @@ class Inference:
     def _outputs(self, node: fx.Node, result: Any) -> Any:
         meta = node.meta.get("val")
         if isinstance(meta, (list, tuple)):
-            given = list(result) if isinstance(result, (list, tuple)) else [None] * len(meta)
+            given = (
+                list(result)
+                if isinstance(result, (list, tuple))
+                else [None] * len(meta)
+            )
             given += [None] * (len(meta) - len(given))
             return [
                 self._output(r, m.shape if isinstance(m, Tensor) else torch.Size())
@@ -166,42 +126,26 @@ class Inference:
         if isinstance(result, Value):
             return result
         if isinstance(result, Form):
-            return Value(shape, result if result.shape == shape else result.expand(shape))
+            return Value(
+                shape, result if result.shape == shape else result.expand(shape)
+            )
         return self.fixed(shape)
 
-    def _fold(self, node: fx.Node, args: Any, kwargs: Any, values: list[Value]) -> Any:
-        """Evaluate what depends on constants alone (masks, index tables, position ids)."""
-        tags = getattr(node.target, "tags", ())
-        if (
-            any(v.constant is None for v in values)
-            or torch.Tag.nondeterministic_seeded in tags
-            or in_place(node)
-            or operation(node).startswith(("empty", "new_empty"))
-        ):
-            return None
-        meta = node.meta.get("val")
-        sizes = [m.numel() for m in (meta if isinstance(meta, (list, tuple)) else [meta])
-                 if isinstance(m, Tensor)]
-        if not sizes or sum(sizes) > _MAX_CONSTANT:
-            return None
-        plain = _replace((args, kwargs), lambda v: v.constant)
-        try:
-            with torch.no_grad():
-                out = node.target(*plain[0], **plain[1])  # type: ignore[operator]
-        except Exception:  # an operation that can't run here is simply not folded
-            return None
-        if isinstance(out, Tensor):
-            return self.constant(out)
-        if isinstance(out, (list, tuple)):
-            return [self.constant(o) if isinstance(o, Tensor) else None for o in out]
-        return None
-
     # ------------------------------------------------------- making values
+
+    def _known(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._known(v) for v in value]
+        return self.constant(value) if isinstance(value, Tensor) else value
 
     def constant(self, tensor: Tensor) -> Value:
         """A tensor that is known and never rescaled."""
         tensor = tensor.detach()
-        zero = tensor.numel() > 0 and tensor.numel() <= 1_000_000 and not bool(tensor.any())
+        zero = (
+            tensor.numel() > 0
+            and tensor.numel() <= 1_000_000
+            and not bool(tensor.any())
+        )
         return Value(tensor.shape, Form(tensor.shape), constant=tensor, zero=zero)
 
     def fixed(self, shape: Sequence[int]) -> Value:
@@ -305,7 +249,9 @@ class Inference:
         origin = []
         for group in groups:
             here = [terms[k] for k in group]
-            corner = [(c, ids.flatten()[:1].reshape((1,) * ids.dim())) for c, ids in here]
+            corner = [
+                (c, ids.flatten()[:1].reshape((1,) * ids.dim())) for c, ids in here
+            ]
             origin += corner
             if any(ids.numel() > 1 for _, ids in here):
                 self._add(here + [(-c, ids) for c, ids in corner])
@@ -320,9 +266,17 @@ class Inference:
 
     def pin(self, value: Value | None, why: str | None = None) -> None:
         """Every element of ``value`` has scale 0."""
-        if value is None or (value.form is not None and value.form.pinned) or value.zero:
+        if (
+            value is None
+            or (value.form is not None and value.form.pinned)
+            or value.zero
+        ):
             return
-        if value.leaf is not None and value.form is None and value.leaf.why_pinned is None:
+        if (
+            value.leaf is not None
+            and value.form is None
+            and value.leaf.why_pinned is None
+        ):
             value.leaf.why_pinned = why
         if self.is_new(value):
             self.bind(value, Form(value.shape))
@@ -343,7 +297,9 @@ class Inference:
         if value.zero:
             return self.fresh([1] * len(value.shape)).expand(value.shape)
         if form.pinned:
-            return torch.zeros((1,) * len(form.shape), dtype=torch.int64).expand(form.shape)
+            return torch.zeros((1,) * len(form.shape), dtype=torch.int64).expand(
+                form.shape
+            )
         if len(form.terms) == 1 and form.terms[0][0] == 1:
             return form.terms[0][1]
         dims = sorted(frozenset().union(*(varying(ids) for _, ids in form.terms)))
@@ -395,13 +351,3 @@ def values_in(nested: Any) -> list[Value]:
     if isinstance(nested, (list, tuple)):
         return [v for x in nested for v in values_in(x)]
     return []
-
-
-def _replace(nested: Any, function: Callable[[Value], Any]) -> Any:
-    if isinstance(nested, Value):
-        return function(nested)
-    if isinstance(nested, dict):
-        return {k: _replace(v, function) for k, v in nested.items()}
-    if isinstance(nested, (list, tuple)):
-        return type(nested)(_replace(v, function) for v in nested)
-    return nested

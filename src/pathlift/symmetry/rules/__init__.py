@@ -10,4 +10,12 @@ from pathlift.symmetry.rules import (
     shape,
 )
 
-__all__ = ["attention", "linear", "normalization", "pointwise", "product", "reduce", "shape"]
+__all__ = [
+    "attention",
+    "linear",
+    "normalization",
+    "pointwise",
+    "product",
+    "reduce",
+    "shape",
+]

@@ -11,8 +11,17 @@ from pathlift.symmetry.scales import Value, add_forms
 
 
 @rule("scaled_dot_product_attention")
-def attention(inf: Inference, node: fx.Node, q: Value, k: Value, v: Value, mask: Any = None,
-              *_: Any, enable_gqa: bool = False, **__: Any) -> Result:
+def attention(
+    inf: Inference,
+    node: fx.Node,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Any = None,
+    *_: Any,
+    enable_gqa: bool = False,
+    **__: Any,
+) -> Result:
     """``softmax(q k^T) v``: ``s(q) + s(k) = 0`` per contracted channel; values tied over tokens."""
     if enable_gqa or q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
         refuse()
@@ -20,7 +29,11 @@ def attention(inf: Inference, node: fx.Node, q: Value, k: Value, v: Value, mask:
         inf.pin(mask, "attention mask")
     batch = q.shape[:-2]
     grid = (*batch, q.shape[-2], k.shape[-2], q.shape[-1])
-    left = inf.form(q).map(lambda t: t.unsqueeze(-2), (*batch, q.shape[-2], 1, q.shape[-1]))
-    right = inf.form(k).map(lambda t: t.unsqueeze(-3), (*batch, 1, k.shape[-2], k.shape[-1]))
+    left = inf.form(q).map(
+        lambda t: t.unsqueeze(-2), (*batch, q.shape[-2], 1, q.shape[-1])
+    )
+    right = inf.form(k).map(
+        lambda t: t.unsqueeze(-3), (*batch, 1, k.shape[-2], k.shape[-1])
+    )
     inf.zero(add_forms(left.expand(grid), right.expand(grid)))
     return inf.tie(inf.form(v), [len(v.shape) - 2]).expand(shape_of(node))

@@ -11,7 +11,9 @@ from pathlift.symmetry.scales import Form, Value, add_forms
 
 
 @rule("linear")
-def linear(inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None = None) -> Result:
+def linear(
+    inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None = None
+) -> Result:
     """``y[..., o] = sum_i w[o, i] x[..., i] + b[o]``."""
     channels = _channels(inf, x, len(x.shape) - 1)
     out = inf.fresh((w.shape[0],))
@@ -24,8 +26,14 @@ def linear(inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None = 
 
 @rule("conv1d", "conv2d", "conv3d")
 def conv(
-    inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None = None, *rest: Any,
-    groups: int = 1, **_: Any,
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    w: Value,
+    b: Value | None = None,
+    *rest: Any,
+    groups: int = 1,
+    **_: Any,
 ) -> Result:
     """Convolution; weight (out, in / groups, *kernel)."""
     groups = rest[3] if len(rest) > 3 else groups
@@ -34,8 +42,14 @@ def conv(
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def conv_transpose(
-    inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None = None, *rest: Any,
-    groups: int = 1, **_: Any,
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    w: Value,
+    b: Value | None = None,
+    *rest: Any,
+    groups: int = 1,
+    **_: Any,
 ) -> Result:
     """Transposed convolution; weight (in, out / groups, *kernel)."""
     groups = rest[3] if len(rest) > 3 else groups
@@ -44,15 +58,30 @@ def conv_transpose(
 
 @rule("convolution", "_convolution")
 def convolution(
-    inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None, stride: Any, padding: Any,
-    dilation: Any, transposed: bool, output_padding: Any, groups: int, *rest: Any,
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    w: Value,
+    b: Value | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    *rest: Any,
 ) -> Result:
     """The general form that functionalised graphs hold."""
     return _convolve(inf, node, x, w, b, groups, transposed)
 
 
 def _convolve(
-    inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None, groups: int,
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    w: Value,
+    b: Value | None,
+    groups: int,
     transposed: bool,
 ) -> Result:
     kernel = (1,) * (len(w.shape) - 2)
@@ -74,13 +103,17 @@ def _convolve(
     else:
         rows = out.reshape(count, 1)
         cols = channels.map(
-            lambda t: t.reshape(groups, 1, inside)
-            .expand(groups, outside, inside)
-            .reshape(count, inside),
+            lambda t: (
+                t.reshape(groups, 1, inside)
+                .expand(groups, outside, inside)
+                .reshape(count, inside)
+            ),
             (count, inside),
         )
     _bind(
-        inf, w, rows.reshape(*rows.shape, *kernel),
+        inf,
+        w,
+        rows.reshape(*rows.shape, *kernel),
         cols.map(lambda t: t.reshape(*t.shape, *kernel), (*cols.shape, *kernel)),
     )
     if b is not None:
@@ -91,7 +124,9 @@ def _convolve(
 
 
 @rule("embedding")
-def embedding(inf: Inference, node: fx.Node, w: Value, index: Value, *_: Any, **__: Any) -> Result:
+def embedding(
+    inf: Inference, node: fx.Node, w: Value, index: Value, *_: Any, **__: Any
+) -> Result:
     """A linear map of one-hot vectors: fresh scales per embedding dimension."""
     if not inf.is_new(w) and w.constant is not None:
         return inf.fixed(shape_of(node))
@@ -102,7 +137,9 @@ def embedding(inf: Inference, node: fx.Node, w: Value, index: Value, *_: Any, **
 
 
 @rule("addmm")
-def addmm(inf: Inference, node: fx.Node, b: Value, x: Value, w: Value, **factors: Any) -> Result:
+def addmm(
+    inf: Inference, node: fx.Node, b: Value, x: Value, w: Value, **factors: Any
+) -> Result:
     """``b + x @ w``."""
     return inf_matmul(inf, node, x, w, b)
 
@@ -114,7 +151,9 @@ def matmul(inf: Inference, node: fx.Node, x: Value, w: Value) -> Result:
 
 
 @rule("baddbmm")
-def baddbmm(inf: Inference, node: fx.Node, b: Value, x: Value, w: Value, **_: Any) -> Result:
+def baddbmm(
+    inf: Inference, node: fx.Node, b: Value, x: Value, w: Value, **_: Any
+) -> Result:
     """``b + x @ w``, batched."""
     return inf_matmul(inf, node, x, w, b)
 
@@ -127,7 +166,9 @@ def inf_matmul(
     if inf.is_new(w) and len(w.shape) == 2:
         channels = _channels(inf, x, len(x.shape) - 1)
         out = inf.fresh((w.shape[1],))
-        _bind(inf, w, out[None, :], channels.map(lambda t: t[:, None], (x.shape[-1], 1)))
+        _bind(
+            inf, w, out[None, :], channels.map(lambda t: t[:, None], (x.shape[-1], 1))
+        )
         form = Form(shape, ((1, out.expand(shape)),))
     else:
         a, c = inf.form(x), inf.form(w)
@@ -135,16 +176,22 @@ def inf_matmul(
         cols = c if len(c.shape) > 1 else c.map(lambda t: t[:, None], (*c.shape, 1))
         batch = tuple(_broadcast(rows.shape[:-2], cols.shape[:-2]))
         grid = (*batch, rows.shape[-2], cols.shape[-1], rows.shape[-1])
-        left = rows.map(lambda t: t.unsqueeze(-2), (*rows.shape[:-1], 1, rows.shape[-1]))
+        left = rows.map(
+            lambda t: t.unsqueeze(-2), (*rows.shape[:-1], 1, rows.shape[-1])
+        )
         right = cols.map(
             lambda t: t.transpose(-1, -2).unsqueeze(-3),
             (*cols.shape[:-2], 1, cols.shape[-1], cols.shape[-2]),
         )
-        tied = inf.tie(add_forms(left.expand(grid), right.expand(grid)), [len(grid) - 1])
+        tied = inf.tie(
+            add_forms(left.expand(grid), right.expand(grid)), [len(grid) - 1]
+        )
         form = tied.map(lambda t: t.squeeze(-1).reshape(shape), shape)
     if b is not None:
         if inf.is_new(b):
-            first = inf.tie(form, [d for d in range(len(shape)) if _broadcasts(b, shape, d)])
+            first = inf.tie(
+                form, [d for d in range(len(shape)) if _broadcasts(b, shape, d)]
+            )
             inf.bind(b, first.map(lambda t: t.reshape(b.shape), b.shape))
         else:
             inf.equate(form, inf.form(b))

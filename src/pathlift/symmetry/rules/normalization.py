@@ -12,7 +12,11 @@ from pathlift.symmetry.scales import Form, Value
 
 
 def _affine(
-    inf: Inference, node: fx.Node, x: Value, weight: Value | None, bias: Value | None,
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
     axes: Sequence[int],
 ) -> Result:
     inf.pin(x, "normalization input")
@@ -33,27 +37,63 @@ def _affine(
     return [form] if isinstance(meta, (list, tuple)) else form
 
 
-@rule("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit",
-      "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_with_update",
-      "_native_batch_norm_legit_functional", "_batch_norm_no_update", "_batch_norm_with_update_functional")
-def batch_norm(inf: Inference, node: fx.Node, x: Value, weight: Value | None = None,
-               bias: Value | None = None, *_: Any, **__: Any) -> Result:
+@rule(
+    "batch_norm",
+    "instance_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "_batch_norm_with_update",
+    "_native_batch_norm_legit_functional",
+    "_batch_norm_no_update",
+    "_batch_norm_with_update_functional",
+)
+def batch_norm(
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    *_: Any,
+    **__: Any,
+) -> Result:
     """``gamma (x - mu) / sigma + beta``; channels on dimension 1."""
     return _affine(inf, node, x, weight, bias, [1])
 
 
 @rule("group_norm", "native_group_norm")
-def group_norm(inf: Inference, node: fx.Node, x: Value, groups: Any, weight: Any = None,
-               bias: Any = None, *_: Any, **__: Any) -> Result:
+def group_norm(
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    groups: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *_: Any,
+    **__: Any,
+) -> Result:
     """Affine per channel (dimension 1)."""
-    if not isinstance(groups, int):  # native_group_norm(x, weight, bias, N, C, HxW, group, eps)
+    if not isinstance(
+        groups, int
+    ):  # native_group_norm(x, weight, bias, N, C, HxW, group, eps)
         weight, bias = groups, weight
     return _affine(inf, node, x, weight, bias, [1])
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
-def layer_norm(inf: Inference, node: fx.Node, x: Value, shape: Sequence[int],
-               weight: Value | None = None, bias: Any = None, *_: Any, **__: Any) -> Result:
+def layer_norm(
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Any = None,
+    *_: Any,
+    **__: Any,
+) -> Result:
     """Affine per entry of the normalised (last) dimensions."""
     axes = range(len(x.shape) - len(shape), len(x.shape))
-    return _affine(inf, node, x, weight, bias if isinstance(bias, Value) else None, list(axes))
+    return _affine(
+        inf, node, x, weight, bias if isinstance(bias, Value) else None, list(axes)
+    )

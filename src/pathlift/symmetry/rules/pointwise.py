@@ -12,10 +12,33 @@ from pathlift.symmetry.scales import Form, Value
 
 
 @rule(
-    "relu", "leaky_relu", "rrelu", "rrelu_with_noise", "abs", "neg", "dropout", "native_dropout",
-    "feature_dropout", "alpha_dropout_off", "clone", "contiguous", "to", "_to_copy", "alias",
-    "detach", "detach_copy", "lift_fresh_copy", "lift_fresh", "type_as", "positive", "float",
-    "double", "half", "bfloat16", "_assert_tensor_metadata", "fill_off",
+    "relu",
+    "leaky_relu",
+    "rrelu",
+    "rrelu_with_noise",
+    "abs",
+    "neg",
+    "dropout",
+    "native_dropout",
+    "feature_dropout",
+    "alpha_dropout_off",
+    "clone",
+    "contiguous",
+    "to",
+    "_to_copy",
+    "alias",
+    "detach",
+    "detach_copy",
+    "lift_fresh_copy",
+    "lift_fresh",
+    "type_as",
+    "positive",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "_assert_tensor_metadata",
+    "fill_off",
 )
 def homogeneous(inf: Inference, node: fx.Node, x: Value, *_: Any, **__: Any) -> Result:
     """``f(2^s x) = 2^s f(x)``."""
@@ -30,7 +53,9 @@ def prelu(inf: Inference, node: fx.Node, x: Value, slope: Value) -> Result:
 
 
 @rule("threshold", "clamp_min")
-def clamp_min(inf: Inference, node: fx.Node, x: Value, low: Any, value: Any = 0) -> Result:
+def clamp_min(
+    inf: Inference, node: fx.Node, x: Value, low: Any, value: Any = 0
+) -> Result:
     """``max(x, 0)`` is a ReLU; any other threshold is not homogeneous."""
     if isinstance(low, Value) or low != 0 or value != 0:
         refuse()
@@ -38,9 +63,14 @@ def clamp_min(inf: Inference, node: fx.Node, x: Value, low: Any, value: Any = 0)
 
 
 @rule("clamp", "hardtanh")
-def clamp(inf: Inference, node: fx.Node, x: Value, low: Any = None, high: Any = None) -> Result:
+def clamp(
+    inf: Inference, node: fx.Node, x: Value, low: Any = None, high: Any = None
+) -> Result:
     """Homogeneous for bounds 0 and infinity."""
-    if any(bound is not None and bound != 0 for bound in (low, high)) or node.target is None:
+    if (
+        any(bound is not None and bound != 0 for bound in (low, high))
+        or node.target is None
+    ):
         refuse()
     if "hardtanh" in str(node.target):
         refuse()
@@ -80,12 +110,38 @@ def _bind_broadcast(inf: Inference, parameter: Value, form: Form) -> None:
     inf.bind(parameter, tied.map(lambda t: t.reshape(own), own))
 
 
-@rule("zeros_like", "new_zeros", "zeros", "new_empty", "empty_like", "bernoulli", "rand_like",
-      "randn_like", "ones_like", "new_ones", "full_like", "new_full", "empty", "rand", "randn",
-      "sym_size", "eq", "ne", "le", "lt", "ge", "gt_off", "isnan", "logical_not", "logical_and")
+@rule(
+    "zeros_like",
+    "new_zeros",
+    "zeros",
+    "new_empty",
+    "empty_like",
+    "bernoulli",
+    "rand_like",
+    "randn_like",
+    "ones_like",
+    "new_ones",
+    "full_like",
+    "new_full",
+    "empty",
+    "rand",
+    "randn",
+    "sym_size",
+    "eq",
+    "ne",
+    "le",
+    "lt",
+    "ge",
+    "gt_off",
+    "isnan",
+    "logical_not",
+    "logical_and",
+)
 def constant_like(inf: Inference, node: fx.Node, *args: Any, **_: Any) -> Result:
     """Takes a shape from its argument, not values; comparisons are pinned below."""
     name = str(node.target)
-    if any(f".{c}." in name or f"aten.{c}" in name for c in ("eq", "ne", "le", "lt", "ge")):
+    if any(
+        f".{c}." in name or f"aten.{c}" in name for c in ("eq", "ne", "le", "lt", "ge")
+    ):
         inf.pin_all("comparison", [a for a in args if isinstance(a, Value)])
     return inf.fixed(shape_of(node))

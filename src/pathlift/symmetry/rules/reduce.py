@@ -30,16 +30,25 @@ def _register(names: Sequence[str], count: int) -> None:
 for _n in (1, 2, 3):
     _register(
         [
-            f"max_pool{_n}d", f"max_pool{_n}d_with_indices", f"avg_pool{_n}d",
-            f"adaptive_avg_pool{_n}d", f"_adaptive_avg_pool{_n}d", f"adaptive_max_pool{_n}d",
-            f"upsample_nearest{_n}d", f"_upsample_nearest_exact{_n}d",
+            f"max_pool{_n}d",
+            f"max_pool{_n}d_with_indices",
+            f"avg_pool{_n}d",
+            f"adaptive_avg_pool{_n}d",
+            f"_adaptive_avg_pool{_n}d",
+            f"adaptive_max_pool{_n}d",
+            f"upsample_nearest{_n}d",
+            f"_upsample_nearest_exact{_n}d",
             f"upsample_{('linear', 'bilinear', 'trilinear')[_n - 1]}{_n}d",
-            f"reflection_pad{_n}d", f"replication_pad{_n}d", f"lp_pool{_n}d",
+            f"reflection_pad{_n}d",
+            f"replication_pad{_n}d",
+            f"lp_pool{_n}d",
             f"fractional_max_pool{_n}d",
         ],
         _n,
     )
-_register(["upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"], 2)
+_register(
+    ["upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"], 2
+)
 
 
 def _dims(x: Value, dim: Any) -> list[int]:
@@ -50,13 +59,19 @@ def _dims(x: Value, dim: Any) -> list[int]:
 
 @rule("mean", "sum", "amax", "amin", "nansum")
 def reduction(
-    inf: Inference, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    dim: Any = None,
+    keepdim: bool = False,
+    **_: Any,
 ) -> Result:
     """Homogeneous of degree 1 over the reduced dimensions."""
     first = inf.tie(inf.form(x), _dims(x, dim))
     shape = shape_of(node)
-    return first.map(lambda t: t.reshape(shape) if t.numel() <= 1 else _drop(t, x, dim, shape),
-                     shape)
+    return first.map(
+        lambda t: t.reshape(shape) if t.numel() <= 1 else _drop(t, x, dim, shape), shape
+    )
 
 
 def _drop(t: Any, x: Value, dim: Any, shape: Any) -> Any:
@@ -69,7 +84,12 @@ def _drop(t: Any, x: Value, dim: Any, shape: Any) -> Any:
 
 @rule("max", "min", "median", "topk_off", "cummax_off")
 def extremum(
-    inf: Inference, node: fx.Node, x: Value, other: Any = None, keepdim: bool = False, **_: Any
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    other: Any = None,
+    keepdim: bool = False,
+    **_: Any,
 ) -> Result:
     """``max(x)``, ``max(x, dim)`` (values; indices carry no scale), ``max(x, y)``."""
     if isinstance(other, Value):
@@ -83,8 +103,15 @@ def extremum(
 
 
 @rule("linalg_vector_norm", "norm")
-def norm(inf: Inference, node: fx.Node, x: Value, p: Any = 2, dim: Any = None,
-         keepdim: bool = False, **_: Any) -> Result:
+def norm(
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    p: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    **_: Any,
+) -> Result:
     """A norm is homogeneous of degree 1."""
     if p == 0:
         refuse()

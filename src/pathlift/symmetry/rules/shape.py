@@ -15,16 +15,36 @@ from pathlift.symmetry.scales import Form, Value, compact
 def _reshape(ids: Tensor, shape: Sequence[int]) -> Tensor:
     """Reshape; an expanded leading dimension stays expanded instead of being copied."""
     shape = tuple(shape)
-    if ids.dim() > 1 and len(shape) > 1 and shape[0] == ids.shape[0] and ids.stride(0) == 0:
+    if (
+        ids.dim() > 1
+        and len(shape) > 1
+        and shape[0] == ids.shape[0]
+        and ids.stride(0) == 0
+    ):
         inner = ids[0].reshape(shape[1:])
-        return (inner if inner.data_ptr() == ids.data_ptr() else compact(inner)).expand(shape)
+        return (inner if inner.data_ptr() == ids.data_ptr() else compact(inner)).expand(
+            shape
+        )
     out = ids.reshape(shape)
     return out if out.data_ptr() == ids.data_ptr() else compact(out)
 
 
-@rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "squeeze",
-      "unsqueeze", "view_copy", "_reshape_copy", "view_as", "reshape_as", "squeeze_copy",
-      "unsqueeze_copy")
+@rule(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "_reshape_alias",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "view_copy",
+    "_reshape_copy",
+    "view_as",
+    "reshape_as",
+    "squeeze_copy",
+    "unsqueeze_copy",
+)
 def reshape(inf: Inference, node: fx.Node, x: Value, *_: Any, **__: Any) -> Result:
     """The output's shape says all (``view`` with a dtype is refused)."""
     if len(node.args) > 1 and isinstance(node.args[1], torch.dtype):
@@ -35,11 +55,36 @@ def reshape(inf: Inference, node: fx.Node, x: Value, *_: Any, **__: Any) -> Resu
     return inf.form(x).map(lambda ids: _reshape(ids, shape), shape)
 
 
-@rule("permute", "transpose", "t", "numpy_T", "mT", "swapaxes", "movedim", "expand", "expand_as",
-      "slice", "select", "narrow", "diagonal", "as_strided_off", "permute_copy", "slice_copy",
-      "select_copy", "transpose_copy", "expand_copy", "t_copy", "swapdims", "moveaxis", "adjoint",
-      "broadcast_to", "unfold")
-def strided(inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Result:
+@rule(
+    "permute",
+    "transpose",
+    "t",
+    "numpy_T",
+    "mT",
+    "swapaxes",
+    "movedim",
+    "expand",
+    "expand_as",
+    "slice",
+    "select",
+    "narrow",
+    "diagonal",
+    "as_strided_off",
+    "permute_copy",
+    "slice_copy",
+    "select_copy",
+    "transpose_copy",
+    "expand_copy",
+    "t_copy",
+    "swapdims",
+    "moveaxis",
+    "adjoint",
+    "broadcast_to",
+    "unfold",
+)
+def strided(
+    inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any
+) -> Result:
     """Views of any tensor."""
     args = _ids_free(args)
     shape = shape_of(node)
@@ -48,22 +93,52 @@ def strided(inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any) 
     return inf.form(x).map(lambda ids: node.target(ids, *args, **kwargs), shape)  # type: ignore[operator]
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "split_copy",
-      "split_with_sizes_copy", "unbind_copy", "unsafe_split", "unsafe_chunk", "hsplit", "vsplit")
-def pieces(inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Result:
+@rule(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "unbind",
+    "split_copy",
+    "split_with_sizes_copy",
+    "unbind_copy",
+    "unsafe_split",
+    "unsafe_chunk",
+    "hsplit",
+    "vsplit",
+)
+def pieces(
+    inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any
+) -> Result:
     """Several views at once."""
     form = inf.form(x)
     shapes = [m.shape for m in node.meta["val"]]
     parts = [node.target(ids, *args, **kwargs) for _, ids in form.terms]  # type: ignore[operator]
     return [
-        Form(shape, tuple((c, p[k]) for (c, _), p in zip(form.terms, parts, strict=True)))
+        Form(
+            shape, tuple((c, p[k]) for (c, _), p in zip(form.terms, parts, strict=True))
+        )
         for k, shape in enumerate(shapes)
     ]
 
 
-@rule("roll", "flip", "pixel_shuffle", "pixel_unshuffle", "repeat", "tile", "channel_shuffle",
-      "repeat_interleave", "tril", "triu", "rot90", "native_channel_shuffle")
-def copied(inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Result:
+@rule(
+    "roll",
+    "flip",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "repeat",
+    "tile",
+    "channel_shuffle",
+    "repeat_interleave",
+    "tril",
+    "triu",
+    "rot90",
+    "native_channel_shuffle",
+)
+def copied(
+    inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any
+) -> Result:
     """Operations that copy; the copy is compacted to views again."""
     if any(isinstance(a, Value) for a in args):
         refuse()
@@ -87,14 +162,18 @@ def _ids_free(args: Sequence[Any]) -> list[Any]:
 
 
 def _merge(
-    inf: Inference, values: Sequence[Value], dims: set[int],
-    join: Callable[[list[Tensor]], Tensor], shape: torch.Size,
+    inf: Inference,
+    values: Sequence[Value],
+    dims: set[int],
+    join: Callable[[list[Tensor]], Tensor],
+    shape: torch.Size,
 ) -> Form:
     """Join single id tensors along ``dims``; where none varies, one slice stands for all."""
     ids = [inf.single(v) for v in values]
     rank = ids[0].dim()
     still = [
-        d for d in range(rank)
+        d
+        for d in range(rank)
         if d not in dims and all(t.size(d) == 1 or t.stride(d) == 0 for t in ids)
     ]
     index = tuple(slice(0, 1) if d in still else slice(None) for d in range(rank))
@@ -103,7 +182,9 @@ def _merge(
 
 
 @rule("cat", "concat", "concatenate")
-def cat(inf: Inference, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> Result:
+def cat(
+    inf: Inference, node: fx.Node, tensors: Sequence[Value], dim: int = 0
+) -> Result:
     """Concatenation; an empty legacy operand is dropped."""
     shape = shape_of(node)
     tensors = [t for t in tensors if len(t.shape) == len(shape)]
@@ -114,7 +195,9 @@ def cat(inf: Inference, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -
 
 
 @rule("stack")
-def stack(inf: Inference, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> Result:
+def stack(
+    inf: Inference, node: fx.Node, tensors: Sequence[Value], dim: int = 0
+) -> Result:
     """Stacking along a new dimension."""
     shape = shape_of(node)
     dim %= len(shape)
@@ -126,8 +209,14 @@ def stack(inf: Inference, node: fx.Node, tensors: Sequence[Value], dim: int = 0)
 
 
 @rule("pad", "constant_pad_nd")
-def pad(inf: Inference, node: fx.Node, x: Value, widths: Sequence[int], mode: Any = "constant",
-        value: Any = None) -> Result:
+def pad(
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    widths: Sequence[int],
+    mode: Any = "constant",
+    value: Any = None,
+) -> Result:
     """Zeros may carry any scale: fresh ones. Reflected borders repeat their source's."""
     shape = shape_of(node)
     constant = mode == "constant" or not isinstance(mode, str)
@@ -149,11 +238,16 @@ def pad(inf: Inference, node: fx.Node, x: Value, widths: Sequence[int], mode: An
         parts = [ids.narrow(d, start, stop - start)]
         for count, front in ((before, True), (after, False)):
             if count > 0:
-                edge = [1 if i == d or ids.stride(i) == 0 else n for i, n in enumerate(ids.shape)]
+                edge = [
+                    1 if i == d or ids.stride(i) == 0 else n
+                    for i, n in enumerate(ids.shape)
+                ]
                 wide = list(ids.shape)
                 wide[d] = count
                 if ids.stride(d) == 0 or ids.size(d) == 1:
-                    zeros = parts[0].narrow(d, 0, 1).expand(wide)  # any scale: the neighbour's
+                    zeros = (
+                        parts[0].narrow(d, 0, 1).expand(wide)
+                    )  # any scale: the neighbour's
                 else:
                     edge[d] = count
                     zeros = inf.fresh(edge).expand(wide)
@@ -163,7 +257,9 @@ def pad(inf: Inference, node: fx.Node, x: Value, widths: Sequence[int], mode: An
 
 
 @rule("index", "_unsafe_index")
-def index(inf: Inference, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> Result:
+def index(
+    inf: Inference, node: fx.Node, x: Value, indices: Sequence[Value | None]
+) -> Result:
     """Constant indices are executed on the ids; others tie the dimensions they pick from."""
     shape = shape_of(node)
     form = inf.form(x)
@@ -175,12 +271,17 @@ def index(inf: Inference, node: fx.Node, x: Value, indices: Sequence[Value | Non
             refuse()
         dims = [d for d, i in enumerate(indices) if i is not None]
         form = inf.tie(form, dims).expand(x.shape)
-        known = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
+        known = [
+            None if i is None else torch.zeros(i.shape, dtype=torch.int64)
+            for i in indices
+        ]
     return form.map(lambda ids: compact(torch.ops.aten.index.Tensor(ids, known)), shape)
 
 
 @rule("index_select")
-def index_select(inf: Inference, node: fx.Node, x: Value, dim: int, which: Value) -> Result:
+def index_select(
+    inf: Inference, node: fx.Node, x: Value, dim: int, which: Value
+) -> Result:
     """Like ``index`` along one dimension."""
     shape = shape_of(node)
     form = inf.form(x)
@@ -191,7 +292,9 @@ def index_select(inf: Inference, node: fx.Node, x: Value, dim: int, which: Value
 
 
 @rule("gather")
-def gather(inf: Inference, node: fx.Node, x: Value, dim: int, which: Value, **_: Any) -> Result:
+def gather(
+    inf: Inference, node: fx.Node, x: Value, dim: int, which: Value, **_: Any
+) -> Result:
     """Values are moved along ``dim`` and cut elsewhere."""
     shape = shape_of(node)
     tied = inf.tie(inf.form(x), range(len(x.shape)))
@@ -203,7 +306,9 @@ def masked(inf: Inference, node: fx.Node, *args: Any) -> Result:
     """Choosing between a tensor and zero keeps its scale; between two tensors ties them."""
     shape = shape_of(node)
     name = str(node.target)
-    mask, values = (args[1], (args[0], args[2])) if "masked_fill" in name else (args[0], args[1:])
+    mask, values = (
+        (args[1], (args[0], args[2])) if "masked_fill" in name else (args[0], args[1:])
+    )
     inf.pin(mask, "mask")
     live = []
     for v in values:

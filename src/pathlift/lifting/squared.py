@@ -1,0 +1,887 @@
+"""The lifted network: path norms and diag(G) in one forward and one backward pass.
+
+Every parameter is replaced by ``|theta|^p``, every fixed coefficient ``a`` by ``|a|^p``, max
+pooling by a sum over its window and ReLU by the identity. Fed with ones, the sum of the outputs
+is ``||Phi||_p^p``; for p = 2 its gradient in the squared parameters is
+``g_i = sum_p (dPhi_p / dtheta_i)^2`` (METHOD section 2; Gonon et al., ICLR 2024).
+
+Range: an activation is kept as ``tensor * 2**shift`` with the tensor's largest entry near 1, so no
+depth and no initial scale leaves float64. Powers of two are exact, so this costs no accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from pathlift.capture import Graph, Program, in_place, module_path, operation, shape_of
+from pathlift.errors import UnsupportedOperationError
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A non-negative activation of the lifted network: ``tensor * 2**shift`` (float64)."""
+
+    tensor: Tensor
+    shift: int = 0
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Lifted:
+        """Apply a map that is homogeneous of degree 1."""
+        return Lifted(function(self.tensor), self.shift)
+
+    def normalised(self) -> Lifted:
+        """The same values with the largest entry in [1/2, 1)."""
+        peak = float(self.tensor.detach().amax()) if self.tensor.numel() else 0.0
+        if peak == 0.0 or not math.isfinite(peak):
+            return self
+        exponent = math.frexp(peak)[1]
+        if abs(exponent) < 16:
+            return self
+        return Lifted(self.tensor * 2.0**-exponent, self.shift + exponent)
+
+
+LIFTS: dict[str, Callable[..., Any]] = {}
+Value = Lifted | Tensor  # a plain Tensor is a known constant
+
+
+def lift(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register how an ATen operation acts in the lifted network."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            LIFTS[name] = function
+        return function
+
+    return register
+
+
+@dataclass
+class LiftedPass:
+    """One run of the lifted network.
+
+    Attributes:
+        total: ``sum of outputs * 2**-shift``, per sample, differentiable in ``parameters``.
+        shift: the common power of two taken out of ``total``.
+        parameters: name -> ``|theta|^p`` (float64, requires grad).
+        approximated: operations where paths are not defined and a stand-in was used, with counts.
+    """
+
+    total: Tensor
+    shift: int
+    parameters: dict[str, Tensor]
+    approximated: dict[str, int]
+
+
+class _Context:
+    """What the rules see: the exponent and the node at hand."""
+
+    def __init__(self, p: float, strict: bool) -> None:
+        self.p = p
+        self.strict = strict
+        self.node: fx.Node = None  # type: ignore[assignment]
+        self.approximated: dict[str, int] = {}
+
+    def coefficient(self, value: Any) -> Any:
+        """``|a|^p`` of a fixed coefficient."""
+        if isinstance(value, Tensor):
+            return value.to(torch.float64).abs() ** self.p
+        return abs(float(value)) ** self.p
+
+    def lifted(self, value: Any) -> Lifted:
+        """A constant as an activation that starts paths of its own (like a bias)."""
+        if isinstance(value, Lifted):
+            return value
+        return Lifted(torch.as_tensor(self.coefficient(value), dtype=torch.float64))
+
+    def approximate(self) -> None:
+        """Note the use of a stand-in, or refuse it."""
+        name = operation(self.node)
+        if self.strict:
+            raise UnsupportedOperationError(
+                f"the path lifting is not defined for '{name}' "
+                f"(in module '{module_path(self.node)}'): it is not piecewise linear in the "
+                f"network's input. Supported: linear maps, convolutions, ReLU and its kin, "
+                f"pooling, batch norm with running statistics, sums and products. Use "
+                f"criterion='weight-norm', or condition_, which uses a stand-in and says so."
+            )
+        self.approximated[name] = self.approximated.get(name, 0) + 1
+
+
+def lifted_pass(
+    program: Program, training: bool, p: float = 2, strict: bool = True
+) -> LiftedPass:
+    """Run the lifted network of exponent ``p`` on ones.
+
+    The value is per sample: where every input and every output has at least two dimensions and
+    one common leading size, that dimension is taken as the batch and divided out.
+
+    Raises:
+        UnsupportedOperationError: ``strict`` and the graph has an operation without paths.
+    """
+    graph = program.graph(training)
+    parameters = {
+        name: (q.detach().to(torch.float64).abs() ** p).requires_grad_(True)
+        for name, q in program.parameters.items()
+        if q.is_floating_point()
+    }
+    context = _Context(p, strict)
+    env: dict[fx.Node, Any] = {}
+    batch: set[int] = set()
+    for node in graph.nodes:
+        context.node = node
+        if node in graph.constants:
+            env[node] = graph.constants[node]
+        elif node.op == "placeholder":
+            name = graph.tensors.get(node.name)
+            if name in parameters:
+                env[node] = Lifted(parameters[name])
+            elif isinstance(node.meta.get("val"), Tensor):
+                shape = shape_of(node)
+                batch.add(shape[0] if len(shape) > 1 else -1)
+                env[node] = Lifted(torch.ones((), dtype=torch.float64).expand(shape))
+        elif node.op == "call_function":
+            env[node] = _call(context, node, env)
+            if in_place(node) and isinstance(node.args[0], fx.Node):
+                env[node.args[0]] = env[node]
+    outputs = [env[n] for n in graph.outputs() if isinstance(env.get(n), Lifted)]
+    if not outputs:
+        raise UnsupportedOperationError(
+            "no output of the model depends on its inputs or parameters through supported "
+            "operations; there are no paths. Check that forward returns floating-point tensors."
+        )
+    top = max(o.shift for o in outputs)
+    total = torch.stack(
+        [o.tensor.sum() * 2.0 ** max(o.shift - top, -1000) for o in outputs]
+    ).sum()
+    for out in outputs:
+        batch.add(out.tensor.shape[0] if out.tensor.dim() > 1 else -1)
+    if len(batch) == 1 and -1 not in batch:
+        total = total / batch.pop()
+    return LiftedPass(total, top, parameters, context.approximated)
+
+
+def diagonal(
+    program: Program, training: bool, strict: bool = True
+) -> tuple[dict[str, Tensor], int, dict[str, int]]:
+    """``diag(G)`` up to one power of two.
+
+    Returns:
+        name -> float64 tensor ``g * 2**-shift`` of the parameter's shape (zeros for a parameter
+        on no path), the shift, and the operations a stand-in was used for.
+    """
+    with torch.enable_grad():
+        result = lifted_pass(program, training, 2, strict)
+        names = list(result.parameters)
+        if not result.total.requires_grad:
+            grads: Sequence[Tensor | None] = [None] * len(names)
+        else:
+            grads = torch.autograd.grad(
+                result.total, [result.parameters[n] for n in names], allow_unused=True
+            )
+    found = {
+        n: torch.zeros_like(result.parameters[n]) if g is None else g
+        for n, g in zip(names, grads, strict=True)
+    }
+    return found, result.shift, result.approximated
+
+
+def _call(context: _Context, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    args = fx.node.map_arg(node.args, lambda n: env.get(n))
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: env.get(n))
+    name = operation(node)
+    if name == "getitem":
+        return args[0][args[1]] if isinstance(args[0], (list, tuple)) else None
+    values = _leaves((args, kwargs))
+    if name in _EXPECTATION:
+        return torch.full(shape_of(node), _EXPECTATION[name](args), dtype=torch.float64)
+    if not any(isinstance(v, Lifted) for v in values):
+        return _constant(node, args, kwargs)
+    function = LIFTS.get(name)
+    if function is None:
+        if not isinstance(node.meta.get("val"), Tensor) or not shape_of(node).numel():
+            return None
+        if not node.meta["val"].is_floating_point():
+            return _mask(node)
+        context.approximate()
+        return _stand_in(context, node, values)
+    return _per_sample(function, context, node, args, kwargs)
+
+
+def _per_sample(
+    function: Callable[..., Any],
+    context: _Context,
+    node: fx.Node,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Run on one sample where all samples are equal by construction (stride 0)."""
+    name = operation(node)
+    meta = node.meta.get("val")
+    first = meta[0] if isinstance(meta, (list, tuple)) else meta
+    size = first.shape[0] if isinstance(first, Tensor) and first.dim() > 1 else 0
+    rank = first.dim() if isinstance(first, Tensor) else 0
+    if size < 2 or name not in _SAMPLEWISE:
+        return function(context, *args, **kwargs)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Lifted):
+            return value.map(
+                lambda t: t[:1] if t.dim() == rank and t.shape[0] == size else t
+            )
+        return value
+
+    lifted = [v for v in _leaves(args) if isinstance(v, Lifted)]
+    full = [
+        v.tensor for v in lifted if v.tensor.dim() == rank and v.tensor.shape[0] == size
+    ]
+    constants = [v for v in _leaves(args) if isinstance(v, Tensor)]
+    if not isinstance(args[0], Lifted) or args[0].tensor.dim() != rank:
+        return function(context, *args, **kwargs)
+    if (
+        not full
+        or any(t.stride(0) != 0 for t in full)
+        or any(c.dim() == rank and c.shape[0] == size for c in constants)
+        or any(
+            t is p
+            for t in full
+            for p in lifted[1:]
+            if p.tensor.is_leaf and p is not args[0]
+        )
+    ):
+        return function(context, *args, **kwargs)
+    out = function(context, *(cut(a) for a in args), **kwargs)
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, Lifted):
+            return value.map(lambda t: t.expand(size, *t.shape[1:]))
+        return value
+
+    return [widen(v) for v in out] if isinstance(out, (list, tuple)) else widen(out)
+
+
+_SAMPLEWISE = frozenset(
+    "linear conv1d conv2d conv3d batch_norm max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d "
+    "avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add sub".split()
+)
+
+_EXPECTATION: dict[str, Callable[[Any], float]] = {
+    "bernoulli": lambda args: (
+        float(args[1]) if len(args) > 1 and args[1] is not None else 1.0
+    ),
+    "rand": lambda args: 0.5,
+    "rand_like": lambda args: 0.5,
+    "randn": lambda args: 0.0,
+    "randn_like": lambda args: 0.0,
+    "empty": lambda args: 0.0,
+    "new_empty": lambda args: 0.0,
+    "empty_like": lambda args: 0.0,
+}
+
+
+def _leaves(nested: Any) -> list[Any]:
+    if isinstance(nested, (Lifted, Tensor)):
+        return [nested]
+    if isinstance(nested, dict):
+        return [v for x in nested.values() for v in _leaves(x)]
+    if isinstance(nested, (list, tuple)):
+        return [v for x in nested for v in _leaves(x)]
+    return []
+
+
+def _constant(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Operations on constants are run as they are (in place: on a copy)."""
+    if in_place(node):
+        args = (args[0].clone(), *args[1:])
+    try:
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception:  # inputs of the graph that are not tensors, symbolic sizes
+        return None
+
+
+def _mask(node: fx.Node) -> Tensor:
+    """A comparison of activations: every path is kept."""
+    return torch.ones(shape_of(node), dtype=node.meta["val"].dtype)
+
+
+def _stand_in(context: _Context, node: fx.Node, values: list[Any]) -> Lifted:
+    """Unknown operation: its first activation where shapes agree, else its mean, broadcast."""
+    shape = shape_of(node)
+    source = next(v for v in values if isinstance(v, Lifted))
+    if source.tensor.shape == shape:
+        return source
+    return source.map(lambda t: t.mean().expand(shape))
+
+
+def _aligned(context: _Context, values: Sequence[Any]) -> tuple[list[Tensor], int]:
+    """Tensors over one common shift."""
+    lifted = [context.lifted(v) for v in values]
+    live = [
+        v.shift for v in lifted if v.tensor.numel() and bool(v.tensor.detach().any())
+    ]
+    top = max(live, default=0)
+    return [
+        v.tensor
+        if v.shift == top
+        else v.tensor * 2.0 ** max(min(v.shift - top, 0), -1000)
+        for v in lifted
+    ], top
+
+
+# --------------------------------------------------------------------------- linear maps
+
+
+@lift("linear")
+def _linear(c: _Context, x: Any, w: Any, b: Any = None) -> Lifted:
+    x, w = c.lifted(x), c.lifted(w)
+    out = Lifted(F.linear(x.tensor, w.tensor), x.shift + w.shift)
+    return _plus(c, out, b).normalised()
+
+
+def _plus(c: _Context, x: Lifted, b: Any, shape: Sequence[int] | None = None) -> Lifted:
+    if b is None:
+        return x
+    (left, right), shift = _aligned(c, (x, b))
+    return Lifted(
+        left + (right if shape is None else right.reshape(tuple(shape))), shift
+    )
+
+
+def _conv(function: Callable[..., Tensor], spatial: int) -> Callable[..., Lifted]:
+    def run(
+        c: _Context, x: Any, w: Any, b: Any = None, *args: Any, **kwargs: Any
+    ) -> Lifted:
+        x, w = c.lifted(x), c.lifted(w)
+        out = Lifted(
+            function(x.tensor, w.tensor, None, *args, **kwargs), x.shift + w.shift
+        )
+        return _plus(c, out, b, (-1,) + (1,) * spatial).normalised()
+
+    return run
+
+
+for _d in (1, 2, 3):
+    LIFTS[f"conv{_d}d"] = _conv(getattr(F, f"conv{_d}d"), _d)
+    LIFTS[f"conv_transpose{_d}d"] = _conv(getattr(F, f"conv_transpose{_d}d"), _d)
+
+
+@lift("convolution", "_convolution")
+def _convolution(
+    c: _Context,
+    x: Any,
+    w: Any,
+    b: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    *_: Any,
+) -> Lifted:
+    x, w = c.lifted(x), c.lifted(w)
+    out = torch.ops.aten.convolution.default(
+        x.tensor,
+        w.tensor,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+    )
+    spatial = w.tensor.dim() - 2
+    return _plus(
+        c, Lifted(out, x.shift + w.shift), b, (-1,) + (1,) * spatial
+    ).normalised()
+
+
+@lift("embedding")
+def _embedding(c: _Context, w: Any, index: Any, *_: Any, **__: Any) -> Lifted:
+    w = c.lifted(w)
+    if isinstance(index, Tensor):  # constant positions: the rows themselves
+        return w.map(lambda t: F.embedding(index, t))
+    shape = shape_of(c.node)
+    return w.map(lambda t: t.sum(0).expand(shape))
+
+
+@lift("matmul", "mm", "bmm")
+def _matmul(c: _Context, x: Any, y: Any) -> Lifted:
+    x, y = c.lifted(x), c.lifted(y)
+    return Lifted(torch.matmul(x.tensor, y.tensor), x.shift + y.shift).normalised()
+
+
+@lift("addmm", "baddbmm")
+def _addmm(
+    c: _Context, b: Any, x: Any, y: Any, beta: float = 1, alpha: float = 1
+) -> Lifted:
+    out = _matmul(c, x, y).map(lambda t: t * c.coefficient(alpha))
+    return _plus(c, out, c.lifted(b).map(lambda t: t * c.coefficient(beta)))
+
+
+# --------------------------------------------------------------------------- pointwise
+
+
+@lift(
+    "relu",
+    "leaky_relu",
+    "rrelu",
+    "abs",
+    "neg",
+    "dropout",
+    "feature_dropout",
+    "clone",
+    "contiguous",
+    "to",
+    "_to_copy",
+    "alias",
+    "detach",
+    "_prelu_kernel",
+    "prelu",
+    "threshold",
+    "lift_fresh_copy",
+    "lift_fresh",
+    "type_as",
+    "positive",
+    "native_dropout",
+    "float",
+    "double",
+    "cumsum",
+)
+def _identity(c: _Context, x: Lifted, *_: Any, **__: Any) -> Any:
+    if operation(c.node) == "cumsum":
+        return x.map(lambda t: t.cumsum(_[0]))
+    if isinstance(c.node.meta.get("val"), (list, tuple)):
+        return [x, None]
+    return x
+
+
+@lift("clamp_min", "clamp")
+def _clamp(c: _Context, x: Lifted, low: Any = None, high: Any = None) -> Lifted:
+    if isinstance(low, (Lifted, Tensor)) or low not in (None, 0) or high is not None:
+        c.approximate()
+    return x
+
+
+@lift("add", "sub", "rsub", "maximum")
+def _add(c: _Context, x: Any, y: Any, alpha: Any = 1) -> Lifted:
+    x, y = c.lifted(x), c.lifted(y)
+    if alpha != 1:
+        scaled = "y" if operation(c.node) != "rsub" else "x"
+        factor = c.coefficient(alpha)
+        if scaled == "y":
+            y = y.map(lambda t: t * factor)
+        else:
+            x = x.map(lambda t: t * factor)
+    (left, right), shift = _aligned(c, (x, y))
+    return Lifted(left + right, shift).normalised()
+
+
+@lift("mul", "multiply")
+def _mul(c: _Context, x: Any, y: Any) -> Lifted:
+    x, y = c.lifted(x), c.lifted(y)
+    return Lifted(x.tensor * y.tensor, x.shift + y.shift).normalised()
+
+
+@lift("div", "divide", "true_divide")
+def _div(c: _Context, x: Any, y: Any, **_: Any) -> Lifted:
+    if isinstance(y, Lifted):
+        c.approximate()
+        return c.lifted(x)
+    return c.lifted(x).map(lambda t: t / c.coefficient(y))
+
+
+@lift("pow")
+def _pow(c: _Context, x: Any, n: Any) -> Lifted:
+    if (
+        not isinstance(x, Lifted)
+        or isinstance(n, (Lifted, Tensor))
+        or n != int(n)
+        or n < 1
+    ):
+        c.approximate()
+        return c.lifted(x)
+    return Lifted(x.tensor ** int(n), x.shift * int(n)).normalised()
+
+
+@lift("copy")
+def _copy(c: _Context, x: Any, source: Any, *_: Any) -> Lifted:
+    return c.lifted(source).map(lambda t: t.expand(shape_of(c.node)))
+
+
+# --------------------------------------------------------------------------- normalization
+
+
+@lift(
+    "batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "native_batch_norm",
+    "_native_batch_norm_legit_functional",
+    "instance_norm",
+)
+def _batch_norm(
+    c: _Context,
+    x: Lifted,
+    w: Any,
+    b: Any,
+    mean: Any = None,
+    var: Any = None,
+    *rest: Any,
+) -> Any:
+    several = isinstance(c.node.meta.get("val"), (list, tuple))
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        c.approximate()
+        out = _rescaled_to_one(x, tuple(range(2, x.tensor.dim())))
+        out = _affine(c, out, w, b, 1)
+    else:
+        eps = float(
+            rest[-2]
+            if operation(c.node) in ("batch_norm", "instance_norm")
+            else rest[-1]
+        )
+        view = (-1,) + (1,) * (x.tensor.dim() - 2)
+        sigma = (var.to(torch.float64) + eps).sqrt()
+        (left, right), shift = _aligned(c, (x, mean))
+        out = Lifted((left + right.reshape(view)) / (sigma**c.p).reshape(view), shift)
+        out = _affine(c, out, w, b, 1)
+    out = out.normalised()
+    return [out, None, None] if several else out
+
+
+def _affine(c: _Context, x: Lifted, w: Any, b: Any, axis: int) -> Lifted:
+    view = (-1,) + (1,) * (x.tensor.dim() - 1 - axis)
+    if w is not None:
+        w = c.lifted(w)
+        shape = view if w.tensor.dim() == 1 and axis == 1 else w.tensor.shape
+        x = Lifted(x.tensor * w.tensor.reshape(shape), x.shift + w.shift)
+    if b is not None:
+        x = _plus(c, x, b, view if axis == 1 else None)
+    return x
+
+
+def _rescaled_to_one(x: Lifted, dims: tuple[int, ...]) -> Lifted:
+    """Statistics from the lifted activations themselves (stand-in for data)."""
+    scale = x.tensor.detach().mean(dims, keepdim=True) if dims else x.tensor.detach()
+    return Lifted(x.tensor / torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+
+@lift("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
+def _layer_norm(
+    c: _Context, x: Lifted, shape: Sequence[int], w: Any = None, b: Any = None, *_: Any
+) -> Any:
+    c.approximate()
+    bias = b if isinstance(b, (Lifted, Tensor)) else None
+    dims = tuple(range(x.tensor.dim() - len(shape), x.tensor.dim()))
+    out = _affine(c, _rescaled_to_one(x, dims), w, bias, 0).normalised()
+    return (
+        [out, None, None] if isinstance(c.node.meta.get("val"), (list, tuple)) else out
+    )
+
+
+@lift("group_norm")
+def _group_norm(
+    c: _Context, x: Lifted, groups: int, w: Any = None, b: Any = None, *_: Any
+) -> Lifted:
+    c.approximate()
+    dims = tuple(range(1, x.tensor.dim()))
+    return _affine(c, _rescaled_to_one(x, dims), w, b, 1).normalised()
+
+
+# --------------------------------------------------------------------------- pooling, reductions
+
+
+def _tuple(value: Any, n: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * n if len(values) == 1 else values
+
+
+def _window_sum(
+    x: Tensor,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    target: Sequence[int],
+) -> Tensor:
+    """Sum over each window, by a convolution with ones (any dilation, ceil mode by padding)."""
+    n = len(size)
+    lead = x.shape[: x.dim() - n]
+    flat = x.reshape(-1, 1, *x.shape[-n:])
+    pads: list[int] = []
+    for d in range(n):
+        reach = (target[d] - 1) * stride[d] + dilation[d] * (size[d] - 1) + 1
+        pads = [padding[d], max(reach - flat.shape[2 + d] - padding[d], 0)] + pads
+    flat = F.pad(flat, pads)
+    ones = torch.ones((1, 1, *size), dtype=x.dtype)
+    out = getattr(F, f"conv{n}d")(flat, ones, stride=stride, dilation=dilation)
+    out = out[(..., *(slice(0, t) for t in target))]
+    return out.reshape(*lead, *target)
+
+
+def _target(c: _Context, n: int) -> tuple[int, ...]:
+    meta = c.node.meta["val"]
+    shape = meta[0].shape if isinstance(meta, (list, tuple)) else meta.shape
+    return tuple(shape[-n:])
+
+
+def _pools(n: int) -> None:
+    def max_pool(
+        c: _Context,
+        x: Lifted,
+        size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+    ) -> Any:
+        size = _tuple(size, n)
+        stride = _tuple(stride, n) if stride else size
+        out = x.map(
+            lambda t: _window_sum(
+                t, size, stride, _tuple(padding, n), _tuple(dilation, n), _target(c, n)
+            )
+        ).normalised()
+        return [out, None] if isinstance(c.node.meta["val"], (list, tuple)) else out
+
+    def avg_pool(
+        c: _Context,
+        x: Lifted,
+        size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: Any = None,
+    ) -> Lifted:
+        size = _tuple(size, n)
+        stride = _tuple(stride, n) if stride else size
+        padding = _tuple(padding, n)
+        total = x.map(
+            lambda t: _window_sum(t, size, stride, padding, (1,) * n, _target(c, n))
+        )
+        ones = torch.ones((1, 1, *x.tensor.shape[-n:]), dtype=torch.float64)
+        # Each output position has one coefficient 1 / divisor; read it off the operation itself.
+        extra = [divisor_override] if divisor_override is not None else []
+        pool = getattr(F, f"avg_pool{n}d")
+        mean = pool(ones, size, stride, padding, ceil_mode, count_include_pad, *extra)
+        count = _window_sum(ones, size, stride, padding, (1,) * n, _target(c, n))
+        return total.map(
+            lambda t: t * (mean / count).reshape(_target(c, n)) ** c.p
+        ).normalised()
+
+    def adaptive(averaged: bool) -> Callable[..., Any]:
+        def run(c: _Context, x: Lifted, size: Any) -> Any:
+            target = _target(c, n)
+            inside = x.tensor.shape[-n:]
+            count = torch.ones(target, dtype=torch.float64)
+            for d in range(n):
+                widths = [
+                    -(-(i + 1) * inside[d] // target[d]) - i * inside[d] // target[d]
+                    for i in range(target[d])
+                ]
+                view = [1] * n
+                view[d] = -1
+                count = count * torch.tensor(widths, dtype=torch.float64).reshape(view)
+            pool = getattr(F, f"adaptive_avg_pool{n}d")
+            weight = count ** (1 - c.p) if averaged else count
+            out = x.map(lambda t: pool(t, target) * weight).normalised()
+            return [out, None] if isinstance(c.node.meta["val"], (list, tuple)) else out
+
+        return run
+
+    LIFTS[f"max_pool{n}d"] = LIFTS[f"max_pool{n}d_with_indices"] = max_pool
+    LIFTS[f"avg_pool{n}d"] = avg_pool
+    LIFTS[f"adaptive_avg_pool{n}d"] = LIFTS[f"_adaptive_avg_pool{n}d"] = adaptive(True)
+    LIFTS[f"adaptive_max_pool{n}d"] = adaptive(False)
+
+
+for _d in (1, 2, 3):
+    _pools(_d)
+
+
+@lift(
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "replication_pad1d",
+    "replication_pad2d",
+)
+def _resample_unit(c: _Context, x: Lifted, *args: Any, **kwargs: Any) -> Lifted:
+    return x.map(lambda t: c.node.target(t, *args, **kwargs))  # type: ignore[operator]
+
+
+@lift("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d")
+def _resample_linear(
+    c: _Context, x: Lifted, size: Any, align: bool, *scales: Any
+) -> Lifted:
+    """Separable interpolation: one matrix of coefficients per dimension, raised to p."""
+    n = {"1d": 1, "2d": 2, "3d": 3}[operation(c.node)[-2:]]
+    target = _target(c, n)
+    factors = (
+        list(scales[0])
+        if scales and isinstance(scales[0], (list, tuple))
+        else list(scales)
+    )
+    factors += [None] * (n - len(factors))
+    out = x.tensor
+    for d in range(n):
+        axis = out.dim() - n + d
+        eye = torch.eye(out.shape[axis], dtype=torch.float64)[None]
+        matrix = (
+            torch.ops.aten.upsample_linear1d(eye, [target[d]], align, factors[d])[0]
+            ** c.p
+        )
+        out = torch.movedim(torch.movedim(out, axis, -1) @ matrix, -1, axis)
+    return Lifted(out, x.shift)
+
+
+@lift("mean", "sum", "amax", "max")
+def _reduce(
+    c: _Context, x: Lifted, dim: Any = None, keepdim: bool = False, **_: Any
+) -> Any:
+    if isinstance(dim, (Lifted, Tensor)):
+        return _add(c, x, dim)
+    dims = list(range(x.tensor.dim())) if dim is None or dim == [] else dim
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    count = math.prod(x.tensor.shape[d] for d in dims)
+    factor = float(count) ** -c.p if operation(c.node) == "mean" else 1.0
+    out = x.map(lambda t: t.sum(dims, keepdim=keepdim) * factor).normalised()
+    return [out, None] if isinstance(c.node.meta["val"], (list, tuple)) else out
+
+
+# --------------------------------------------------------------------------- shapes
+
+
+@lift(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "view_as",
+    "reshape_as",
+    "_reshape_alias",
+    "view_copy",
+    "_reshape_copy",
+)
+def _reshape(c: _Context, x: Lifted, *_: Any, **__: Any) -> Lifted:
+    shape = shape_of(c.node)
+    return x.map(lambda t: t.reshape(shape))
+
+
+@lift(
+    "permute",
+    "transpose",
+    "t",
+    "numpy_T",
+    "mT",
+    "expand",
+    "slice",
+    "select",
+    "narrow",
+    "roll",
+    "flip",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "repeat",
+    "repeat_interleave",
+    "unfold",
+    "movedim",
+    "channel_shuffle",
+    "native_channel_shuffle",
+    "index_select",
+    "tile",
+    "swapaxes",
+    "diagonal",
+    "tril",
+    "triu",
+    "broadcast_to",
+    "expand_as",
+)
+def _same(c: _Context, x: Lifted, *args: Any, **kwargs: Any) -> Lifted:
+    plain = [a.tensor if isinstance(a, Lifted) else a for a in args]
+    return x.map(lambda t: c.node.target(t, *plain, **kwargs))  # type: ignore[operator]
+
+
+@lift("index", "_unsafe_index")
+def _index(c: _Context, x: Lifted, indices: Sequence[Any]) -> Lifted:
+    known = [i.tensor.long() * 0 if isinstance(i, Lifted) else i for i in indices]
+    return x.map(lambda t: torch.ops.aten.index.Tensor(t, known))
+
+
+@lift("pad", "constant_pad_nd")
+def _pad(
+    c: _Context,
+    x: Lifted,
+    widths: Sequence[int],
+    mode: Any = "constant",
+    value: Any = None,
+) -> Lifted:
+    mode, value = (mode, value) if isinstance(mode, str) else ("constant", mode)
+    if value:
+        ones = torch.ones_like(x.tensor)
+        border = 1 - F.pad(ones, list(widths))
+        return _plus(c, x.map(lambda t: F.pad(t, list(widths))), border * abs(value))
+    return x.map(lambda t: F.pad(t, list(widths), mode=mode))
+
+
+@lift("split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split")
+def _split(c: _Context, x: Lifted, *args: Any, **kwargs: Any) -> list[Lifted]:
+    return [Lifted(t, x.shift) for t in c.node.target(x.tensor, *args, **kwargs)]  # type: ignore[operator]
+
+
+@lift("cat", "concat", "stack", "concatenate")
+def _cat(c: _Context, tensors: Sequence[Any], dim: int = 0) -> Lifted:
+    parts, shift = _aligned(c, tensors)
+    return Lifted(c.node.target(parts, dim), shift)  # type: ignore[operator]
+
+
+@lift("masked_fill")
+def _masked_fill(c: _Context, x: Any, mask: Any, value: Any) -> Lifted:
+    keep = (
+        mask
+        if isinstance(mask, Tensor)
+        else torch.zeros(shape_of(c.node), dtype=torch.bool)
+    )
+    return c.lifted(x).map(lambda t: t.masked_fill(keep, 0.0))
+
+
+@lift("where")
+def _where(c: _Context, mask: Any, x: Any, y: Any) -> Lifted:
+    (left, right), shift = _aligned(c, (x, y))
+    keep = mask if isinstance(mask, Tensor) else torch.ones((), dtype=torch.bool)
+    return Lifted(torch.where(keep, left, right).expand(shape_of(c.node)), shift)
+
+
+@lift("scaled_dot_product_attention")
+def _attention(
+    c: _Context, q: Lifted, k: Lifted, v: Lifted, *_: Any, **__: Any
+) -> Lifted:
+    """Stand-in: uniform attention weights times the products that enter the softmax."""
+    c.approximate()
+    q, k, v = (c.lifted(t) for t in (q, k, v))
+    if q.tensor.shape[:-2] != k.tensor.shape[:-2]:
+        return v.map(lambda t: t.mean().expand(shape_of(c.node)))
+    d, tokens = q.tensor.shape[-1], k.tensor.shape[-2]
+    scores = torch.matmul(q.tensor, k.tensor.transpose(-1, -2)) * d ** (-c.p / 2)
+    out = torch.matmul(scores, v.tensor) * float(tokens) ** -c.p
+    return Lifted(out, q.shift + k.shift + v.shift).normalised()
+
+
+assert operator
