@@ -88,6 +88,11 @@ class Program:
     aliases: dict[str, str]
     inputs: Inputs
 
+    @property
+    def training(self) -> bool:
+        """The mode the model was in when it was captured."""
+        return self.graphs[0].training
+
     def graph(self, training: bool) -> Graph:
         """The graph of the given mode."""
         return next((g for g in self.graphs if g.training == training), self.graphs[0])

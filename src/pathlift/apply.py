@@ -1,0 +1,200 @@
+"""Change the parameters (and the optimiser's state): all of them or none, and exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pathlift.capture import check_model, named_tensors
+from pathlift.errors import ArgumentError, RangeError
+from pathlift.symmetry.group import RescalingGroup
+
+# How the state an optimiser keeps per parameter transforms: like theta^-k times this power.
+_STATE_POWERS = {
+    "momentum_buffer": -1, "exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2,
+    "square_avg": -2, "grad_avg": -1, "sum": -2, "exp_inf": -1, "ax": 1, "mu_product": 0,
+    "step": 0,
+}
+
+
+def rescale_(
+    model: nn.Module,
+    group: RescalingGroup,
+    log2_scales: Tensor | NDArray[np.generic],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Multiply every parameter by ``2 ** (E s)``; see :meth:`RescalingGroup.rescale_`."""
+    model = check_model(model)
+    variables = group.variables(log2_scales)
+    exact = bool((variables == np.round(variables)).all())
+    parameters, _, _ = named_tensors(model)
+    changes: list[tuple[str, Tensor, Tensor]] = []
+    for name, spec in group.parameters.items():
+        if name not in parameters:
+            raise ArgumentError(
+                f"the model has no parameter '{name}', which the group rescales. Pass the model "
+                f"the group was computed for."
+            )
+        parameter = parameters[name]
+        if parameter.shape != spec.shape:
+            raise ArgumentError(
+                f"parameter '{name}' has shape {tuple(parameter.shape)}; the group was computed "
+                f"for {tuple(spec.shape)}. Pass the model the group was computed for."
+            )
+        if not spec.terms:
+            continue
+        exponent = group.parameter_exponent(name, variables)
+        if bool(exponent.any()):
+            changes.append((name, parameter, exponent))
+    for name, parameter, exponent in changes:
+        if exact:
+            _check_range(name, parameter, exponent)
+    states = list(_optimizer_changes(optimizer, changes))
+    targets = [(p.data, e, 1) for _, p, e in changes] + states
+    _all_or_none(targets, exact)
+
+
+def _all_or_none(targets: list[tuple[Tensor, Tensor, int]], exact: bool) -> None:
+    undo: list[Callable[[], object]] = []
+    try:
+        with torch.no_grad():
+            for tensor, exponent, power in targets:
+                if exact:
+                    undo.append(lambda t=tensor, e=exponent, k=power: multiply_(t, e, -k))
+                else:
+                    undo.append(lambda t=tensor, old=tensor.clone(): t.copy_(old))
+                try:
+                    multiply_(tensor, exponent, power)
+                except BaseException:
+                    undo.pop()  # one multiplication is done whole or not at all
+                    raise
+    except BaseException:
+        with torch.no_grad():
+            for restore in reversed(undo):
+                restore()
+        raise
+
+
+def multiply_(tensor: Tensor, exponent: Tensor, power: int = 1) -> None:
+    """``tensor *= 2 ** (power * exponent)``; exact for integer exponents.
+
+    Powers of two are made by ``ldexp`` on the host, never by a rounding ``pow``; half precision
+    is multiplied in float32 (float16) so that the factor itself can't overflow.
+    """
+    scaled = (exponent * power).numpy()
+    whole = np.rint(scaled)
+    factor = np.ldexp(np.exp2(scaled - whole), whole.astype(np.int64))
+    wide = tensor.dtype in (torch.float64, torch.float32)
+    compute = tensor.dtype if wide else torch.float32
+    factors = torch.from_numpy(np.asarray(factor)).to(tensor.device, torch.float64)
+    if compute == torch.float32 and float(np.abs(whole).max(initial=0)) > 120:
+        compute = torch.float64
+    factors = factors.to(compute)
+    if compute == tensor.dtype:
+        tensor.mul_(factors)
+    else:
+        tensor.copy_((tensor.to(compute) * factors).to(tensor.dtype))
+
+
+def exponent_range(tensor: Tensor) -> tuple[int, int] | None:
+    """Smallest and largest binary exponent of the non-zero entries (None if there are none)."""
+    if not tensor.numel():
+        return None
+    size = tensor.detach().abs()
+    top = float(size.amax())
+    if top == 0 or not np.isfinite(top):
+        return None
+    low = float(size.amin())
+    if low == 0:
+        low = float(torch.where(size > 0, size, size.new_tensor(top)).amin())
+    return int(np.frexp(low)[1]) - 1, int(np.frexp(top)[1]) - 1
+
+
+def exponent_limits(dtype: torch.dtype) -> tuple[int, int]:
+    """Binary exponents of the smallest and the largest normal number of a dtype."""
+    info = torch.finfo(dtype)
+    return int(np.frexp(info.tiny)[1]) - 1, int(np.frexp(info.max)[1]) - 1
+
+
+def _check_range(name: str, parameter: Tensor, exponent: Tensor) -> None:
+    found = exponent_range(parameter)
+    if found is None:
+        return
+    low, high = exponent_limits(parameter.dtype)
+    if found[1] + float(exponent.max()) <= high and found[0] + float(exponent.min()) >= low:
+        return
+    moved = parameter.detach().clone()
+    multiply_(moved, exponent)
+    back = moved.clone()
+    multiply_(back, exponent, -1)
+    if not torch.equal(back, parameter.detach()):
+        raise RangeError(
+            f"rescaling '{name}' by 2**{exponent.min():.0f} to 2**{exponent.max():.0f} leaves the "
+            f"normal range of {str(parameter.dtype).removeprefix('torch.')}: bits would be lost. "
+            f"Nothing was changed. Use smaller scales or a wider dtype."
+        )
+
+
+def scale_bounds(
+    group: RescalingGroup, parameters: dict[str, nn.Parameter]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bounds ``(H,)`` on the free log2 scales within which no parameter leaves its dtype's range.
+
+    A tensor's headroom is shared equally among the scales that multiply it; activations keep half
+    of the dtype's exponent range.
+    """
+    up = np.full(group.basis.shape[0], np.inf)
+    down = np.full(group.basis.shape[0], np.inf)
+    for name, spec in group.parameters.items():
+        if not spec.terms:
+            continue
+        parameter = parameters[name]
+        low, high = exponent_limits(parameter.dtype)
+        found = exponent_range(parameter)
+        above = high // 2 if found is None else max(min(high - 1 - found[1], high // 2), 0)
+        below = high // 2 if found is None else max(min(found[0] - low, high // 2), 0)
+        share = sum(abs(c) for c, _ in spec.terms)
+        for coefficient, ids in spec.terms:
+            touched = np.unique(ids.numpy())
+            rise, fall = (above, below) if coefficient > 0 else (below, above)
+            up[touched] = np.minimum(up[touched], rise // share)
+            down[touched] = np.minimum(down[touched], fall // share)
+    # Through the basis: |s_h| is held to the tighter side where several scales add up.
+    h = group.num_scales
+    upper, lower = np.full(h, 60.0), np.full(h, -60.0)
+    basis = group.basis.tocoo()
+    weight = np.asarray(abs(group.basis).sum(axis=1)).ravel()
+    row, col, c = basis.row, basis.col, basis.data
+    both = np.minimum(up, down)
+    simple = (weight[row] == 1) & (c == 1)
+    high_side = np.where(simple, up[row], np.floor(both[row] / np.maximum(weight[row], 1)))
+    low_side = np.where(simple, down[row], np.floor(both[row] / np.maximum(weight[row], 1)))
+    np.minimum.at(upper, col, high_side)
+    np.maximum.at(lower, col, -low_side)
+    return lower, upper
+
+
+def _optimizer_changes(
+    optimizer: torch.optim.Optimizer | None, changes: Iterable[tuple[str, Tensor, Tensor]]
+) -> Iterable[tuple[Tensor, Tensor, int]]:
+    """State tensors of the rescaled parameters and the power of the factor each takes."""
+    if optimizer is None:
+        return
+    for name, parameter, exponent in changes:
+        state: dict[str, Any] = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.dim() == 0 and key in _STATE_POWERS:
+                continue
+            if key not in _STATE_POWERS or value.shape != parameter.shape:
+                raise ArgumentError(
+                    f"{type(optimizer).__name__} keeps state '{key}' for '{name}', and how it "
+                    f"transforms under rescaling is not known. Supported: "
+                    f"{', '.join(sorted(_STATE_POWERS))}. Condition before the first step."
+                )
+            if _STATE_POWERS[key]:
+                yield value, exponent, _STATE_POWERS[key]

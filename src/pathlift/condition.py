@@ -1,0 +1,183 @@
+"""``condition_``: the whole pipeline on one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pathlift.apply import rescale_, scale_bounds
+from pathlift.capture import Program, capture, check_model, preserved, tensors_in
+from pathlift.criteria import criterion_named
+from pathlift.errors import ArgumentError, VerificationError
+from pathlift.report import ConditioningReport
+from pathlift.solve import solve
+from pathlift.solve.assemble import assemble
+from pathlift.solve.integer import round_scales
+from pathlift.solve.problem import objective
+from pathlift.symmetry.group import infer_group
+
+
+def condition_(
+    model: nn.Module,
+    example_inputs: object,
+    *,
+    criterion: str = "path-kernel",
+    exact: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+    solver: str = "newton",
+    tol: float = 1e-8,
+    verify: bool = True,
+) -> ConditioningReport:
+    """Rescale ``model`` in place so that its path kernel is closest to a multiple of the identity.
+
+    Minimises ``F(s) = p log(sum_i g'_i) - sum_i log g'_i`` with ``g'_i = g_i 2^(-2 (E s)_i)`` over
+    the log2 scales ``s`` of the model's rescaling group (METHOD section 3; Lebeurrier, Vayer,
+    Gribonval, ICML 2026). The network computes the same function before and after.
+
+    Args:
+        model: any module that torch.export (or plain tracing) captures; DataParallel, DDP and
+            ``torch.compile`` wrappers are looked through.
+        example_inputs: one batch as forward takes it: a tensor, a tuple of positional arguments
+            or a dict of keyword arguments. Only shapes matter; one or two samples are enough.
+        criterion: ``"path-kernel"``.
+        exact: round the scales to integers, so that every output keeps all its bits. Otherwise
+            the continuous optimum is applied and outputs change by rounding errors.
+        optimizer: optimiser whose state is carried along (mid-training use).
+        solver: ``"newton"`` or ``"coordinate"`` (the published algorithm).
+        tol: bound on the certificate ``max |dF/ds| / p``.
+        verify: run the model before and after and compare the outputs.
+
+    Returns:
+        The report.
+
+    Raises:
+        ArgumentError: an argument has the wrong type or value.
+        CaptureError: the model can't be captured.
+        VerificationError: exact, and the outputs differ; the model is as before.
+
+    In every case of failure the model is unchanged.
+    """
+    _check_arguments(exact, optimizer, tol, verify)
+    coefficients_of = criterion_named(criterion)
+    model = check_model(model)
+    seconds: dict[str, float] = {}
+
+    with _timed(seconds, "capture"):
+        program = capture(model, example_inputs)
+    _check_finite(program)
+    with _timed(seconds, "symmetry"):
+        group = infer_group(program)
+    with _timed(seconds, "criterion"):
+        coefficients = coefficients_of(program)
+        lower, upper = scale_bounds(group, program.parameters)
+        trainable = {n: p.requires_grad for n, p in program.parameters.items()}
+        assembled = assemble(group, coefficients.values, trainable, lower, upper)
+    with _timed(seconds, "solve"):
+        problem = assembled.problem
+        solution = solve(problem, solver, tol)
+        scales = solution.log2_scales
+        if exact:
+            scales = round_scales(problem, scales)
+        before = assembled.imbalance(objective(problem, np.zeros(group.num_scales)))
+        after = assembled.imbalance(objective(problem, scales.astype(np.float64)))
+        if after >= before:  # integers near the optimum may be no better than staying
+            scales, after = np.zeros_like(scales), before
+    reference = None
+    with _timed(seconds, "verify"):
+        if verify:
+            reference = _outputs(model, program)
+    with _timed(seconds, "apply"):
+        rescale_(model, group, scales, optimizer)
+    with _timed(seconds, "verify"):
+        change = None
+        if reference is not None:
+            try:
+                change = _difference(reference, _outputs(model, program), exact)
+            except BaseException:
+                rescale_(model, group, -scales, optimizer)
+                raise
+    return ConditioningReport(
+        num_scales=group.num_scales,
+        num_parameters=problem.count,
+        imbalance_before=before,
+        imbalance_after=after,
+        gradient_norm=solution.gradient_norm,
+        iterations=solution.iterations,
+        dead_channels=len(assembled.dead),
+        log2_scales=torch.from_numpy(scales),
+        max_output_change=change,
+        unsupported=group.unsupported,
+        approximated=coefficients.approximated,
+        seconds=seconds,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _check_arguments(exact: object, optimizer: object, tol: object, verify: object) -> None:
+    for name, flag in (("exact", exact), ("verify", verify)):
+        if not isinstance(flag, bool):
+            raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
+        raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentError(
+            f"optimizer must be a torch.optim.Optimizer or None; found "
+            f"{type(optimizer).__name__}."
+        )
+
+
+def _check_finite(program: Program) -> None:
+    for name, parameter in program.parameters.items():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise ArgumentError(
+                f"parameter '{name}' has entries that are NaN or infinite; its path kernel is not "
+                f"defined. Restore the weights or initialise them again."
+            )
+
+
+def _outputs(model: nn.Module, program: Program) -> list[list[Tensor]]:
+    """Outputs of the real model in every captured mode, with buffers and random state restored."""
+    found = []
+    with preserved(model), torch.no_grad():
+        buffers = [(b, b.clone()) for b in program.buffers.values()]
+        own = model.training
+        for graph in program.graphs:
+            if graph.training != own:
+                model.train(graph.training)
+            torch.manual_seed(0)
+            try:
+                out = model(*program.inputs.args, **program.inputs.kwargs)
+                found.append([t.detach().clone() for t in tensors_in(out)])
+            finally:
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+    return found
+
+
+def _difference(before: Any, after: Any, exact: bool) -> float:
+    worst = 0.0
+    for a, b in zip(sum(before, []), sum(after, []), strict=True):
+        if torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num())
+                                 and torch.equal(a.isnan(), b.isnan())):
+            continue
+        gap = (a.to(torch.float64) - b.to(torch.float64)).abs()
+        worst = max(worst, float(gap.nan_to_num(nan=float("inf")).max()))
+    if exact and worst > 0:
+        raise VerificationError(
+            f"the rescaled network's outputs differ by up to {worst:.3g} although all scales are "
+            f"powers of two. An activation may leave the range of its dtype, or forward may not "
+            f"be deterministic. The model has been restored; try a wider dtype, or exact=False."
+        )
+    return worst

@@ -1,0 +1,37 @@
+"""The convex problem in the log2 scales, and its solvers."""
+
+from __future__ import annotations
+
+from pathlift.errors import ArgumentError
+from pathlift.solve.coordinate import coordinate_descent
+from pathlift.solve.integer import round_scales
+from pathlift.solve.newton import newton
+from pathlift.solve.problem import MatrixBlock, Problem, Solution, gradient, objective
+
+SOLVERS = ("newton", "coordinate")
+
+
+def solve(problem: Problem, solver: str = "newton", tol: float = 1e-8) -> Solution:
+    """Minimise F within the bounds; ``tol`` bounds ``max |projected dF/ds| / count``."""
+    if solver == "newton":
+        return newton(problem, tol)
+    if solver == "coordinate":
+        return coordinate_descent(problem, tol)
+    raise ArgumentError(
+        f"Unknown solver {solver!r}; supported: {', '.join(map(repr, SOLVERS))}. "
+        "Use solver='newton' unless you want the published algorithm."
+    )
+
+
+__all__ = [
+    "SOLVERS",
+    "MatrixBlock",
+    "Problem",
+    "Solution",
+    "coordinate_descent",
+    "gradient",
+    "newton",
+    "objective",
+    "round_scales",
+    "solve",
+]

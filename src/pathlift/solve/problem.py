@@ -1,0 +1,552 @@
+"""The convex problem in matrix-vector form.
+
+With log2 scales ``s`` of shape ``(H,)``, entry ``i`` is ``g'_i = g_i 2^{-2 (E s)_i}`` and
+
+    T(s) = constant + sum_i g'_i
+    F(s) = count * log T(s) + 2 ln2 * linear . s
+
+Entries come as matrices ``M[o, i] r_o c_i`` with ``r_o = 2^{-2 (rows s)_o}`` and
+``c_i = 2^{-2 (cols s)_i}``, and as a vector of entries kept one by one. All row, column and vector
+forms are stacked in one sparse matrix ``K``, so that one evaluation of F and its gradient is ``K s``,
+one ``M c`` and one ``M^T r`` per matrix, and one ``K^T w``; a Hessian-vector product is the same.
+
+Range: powers of two are carried apart. Coefficients are read as mantissa times power of two, each
+factor is divided by its largest member, and what was divided out is added back as a logarithm. When
+the point moves far from where a matrix was last normalised, the matrix is normalised there again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+
+from pathlift.errors import ArgumentError
+
+Array = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+LN2 = float(np.log(2.0))
+# Between two normalisations of a matrix its row and column factors may move by this many bits.
+_DRIFT_BITS = 400.0
+# Row maxima within 2**-_PLAIN_BITS .. 2**_PLAIN_BITS need no normalisation (and no copy).
+_PLAIN_BITS = 100
+
+
+@dataclass(frozen=True)
+class MatrixBlock:
+    """Entries ``matrix[o, i] * 2^{-2 ((rows s)_o + (cols s)_i)}``.
+
+    ``matrix``: ``(R, C)``, non-negative. ``rows``: ``(R, H)`` and ``cols``: ``(C, H)``, integer
+    exponents, sign included (usually one +1 per row, one -1 per column).
+    """
+
+    matrix: torch.Tensor
+    rows: sparse.csr_array
+    cols: sparse.csr_array
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Minimise ``F(s)`` over ``lower <= s <= upper``; see the module's formula.
+
+    ``vector``: ``(n,)`` coefficients of single entries with exponent rows ``vector_forms``
+    ``(n, H)``. ``linear``: ``(H,)``, the sum of the exponent rows of the counted entries.
+    ``lower``, ``upper``: ``(H,)`` in log2 units, may be infinite; a dead channel has both 0.
+    ``layers``: ``(H,)``; equal numbers hint that scales share no entry (checked before use).
+    """
+
+    num_scales: int
+    blocks: tuple[MatrixBlock, ...]
+    vector: torch.Tensor | Array
+    vector_forms: sparse.csr_array
+    constant: float
+    linear: Array
+    count: int
+    lower: Array
+    upper: Array
+    layers: IntArray
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A point and its certificate.
+
+    ``gradient_norm`` is ``max |projected dF/ds| / count``: zero exactly at a minimiser of the
+    convex ``F`` within its bounds. ``matvecs`` counts pairs (one product with every matrix and one
+    with every transpose).
+    """
+
+    log2_scales: Array
+    objective: float
+    gradient_norm: float
+    iterations: int
+    matvecs: int
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """F at one point with what a Hessian-vector product there needs.
+
+    ``weights``: per form (row, column or single entry), its share of T; ``factors``: per form, the
+    shifted power of two; ``levels``: per matrix, what turns ``r M c`` into a share of T;
+    ``mean``: ``(H,)`` the weighted mean exponent ``E^T w``. The matrices are kept with the point
+    because a later evaluation may normalise them elsewhere.
+    """
+
+    point: Array
+    objective: float
+    gradient: Array
+    mean: Array
+    weights: Array
+    factors: Array
+    levels: Array
+    matrices: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Matrix entries whose row and column carry the same scale, of one matrix."""
+
+    block: int
+    row: IntArray
+    col: IntArray
+    scale: IntArray
+    row_exponent: Array
+    col_exponent: Array
+
+
+@dataclass
+class Operator:
+    """Products with the stacked forms and the matrices of a problem. ``pairs`` counts them."""
+
+    problem: Problem
+    pairs: int = 0
+    centre: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        problem = self.problem
+        _check(problem)
+        h = problem.num_scales
+        sources: list[torch.Tensor] = []
+        kept: list[MatrixBlock] = []
+        for block in problem.blocks:
+            matrix = block.matrix.detach().to(device="cpu", dtype=torch.float64)
+            if matrix.numel() and bool(matrix.any()):
+                kept.append(block)
+                sources.append(matrix)
+        self.blocks = tuple(kept)
+        self.sources = tuple(sources)
+        values = _to_numpy(problem.vector)
+        keep = values > 0
+        forms = [f for b in kept for f in (_csr(b.rows), _csr(b.cols))]
+        lengths = [f.shape[0] for f in forms]
+        if keep.any():
+            forms.append(_csr(problem.vector_forms)[np.flatnonzero(keep)])
+            lengths.append(int(keep.sum()))
+        self.has_vector = bool(keep.any())
+        stacked = (
+            sparse.vstack(forms, format="csr") if forms else sparse.csr_array((0, h))
+        )
+        self.forms = sparse.csr_array(stacked, dtype=np.float64)
+        self.forms.eliminate_zeros()
+        self.forms_t = sparse.csr_array(self.forms.T.tocsr())
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        mantissa, exponent = np.frexp(values[keep])
+        self._mantissa = mantissa
+        self._vector_exponent = exponent.astype(np.float64)
+        self._live = [
+            ((m.amax(1) > 0).numpy(), (m.amax(0) > 0).numpy()) for m in sources
+        ]
+        self._pairs: tuple[_Pairs, ...] | None = None
+        self._exponents: dict[float, sparse.csr_array] | None = None
+        self._bound: sparse.csr_array | None = None
+        self.sets: list[IntArray] | None = None
+        self._block_forms = self.forms[: int(self._starts[2 * len(kept)])]
+        self._plain_base()
+
+    # -- shape ---------------------------------------------------------------------------------
+
+    @property
+    def empty(self) -> bool:
+        """Whether T is the constant alone."""
+        return not self.has_vector and not self.blocks
+
+    def segments(self, block: int) -> tuple[slice, slice]:
+        """Where the row and the column forms of a matrix lie among the stacked forms."""
+        a, b, c = (int(x) for x in self._starts[2 * block : 2 * block + 3])
+        return slice(a, b), slice(b, c)
+
+    def vector_segment(self) -> slice:
+        """Where the single entries lie among the stacked forms."""
+        return slice(int(self._starts[2 * len(self.blocks)]), int(self._starts[-1]))
+
+    # -- normalisation -------------------------------------------------------------------------
+
+    def _plain_base(self) -> None:
+        """Use the matrices as they are if their range allows, else normalise them at s = 0."""
+        self.centre = np.zeros(self.problem.num_scales)
+        base = np.zeros(self.forms.shape[0])
+        for b, live in enumerate(self._live):
+            for part, alive in zip(self.segments(b), live, strict=True):
+                base[part][~alive] = -np.inf
+        if self.has_vector:
+            base[self.vector_segment()] = self._vector_exponent
+        self._base = base
+        self._matrices = self.sources
+        bound = 2.0**_PLAIN_BITS
+        tops = [
+            m.amax(1).numpy()[live[0]]
+            for m, live in zip(self.sources, self._live, strict=True)
+        ]
+        if any(t.min() < 1 / bound or t.max() > bound for t in tops):
+            self._normalise(self.centre)
+
+    def _normalise(self, point: Array) -> None:
+        """Absorb the integer point nearest to ``point`` in the matrices: every row has maximum ~1.
+
+        Only powers of two are multiplied in, so nothing is rounded; what underflows is 2^-1000
+        of its row.
+        """
+        self.centre = np.rint(point)
+        shift = -2.0 * (self.forms @ self.centre)
+        matrices = []
+        base = shift.copy()
+        for b, source in enumerate(self.sources):
+            row, col = self.segments(b)
+            mantissa, exponent = torch.frexp(source)
+            power = exponent.to(torch.float64)
+            power += (
+                torch.from_numpy(shift[row])[:, None]
+                + torch.from_numpy(shift[col])[None, :]
+            )
+            power[source == 0] = -np.inf
+            top = power.amax(1)
+            power -= torch.where(torch.isfinite(top), top, torch.zeros_like(top))[
+                :, None
+            ]
+            matrices.append(mantissa * torch.exp2(power))
+            base[row] = top.numpy()
+            base[col] = np.where(self._live[b][1], 0.0, -np.inf)
+        if self.has_vector:
+            base[self.vector_segment()] += self._vector_exponent
+        self._base = base
+        self._matrices = tuple(matrices)
+
+    def _drift(self, moved: Array) -> float:
+        """Bits by which the factors of any matrix have left the centre."""
+        worst = 0.0
+        for b in range(len(self.blocks)):
+            row, col = self.segments(b)
+            worst = max(
+                worst, float(np.abs(moved[row]).max() + np.abs(moved[col]).max())
+            )
+        return 2.0 * worst
+
+    # -- products ------------------------------------------------------------------------------
+
+    def evaluate(self, point: Array) -> Evaluation:
+        """F, its gradient and the weights of all forms at ``point``: one pair of products."""
+        problem, p = self.problem, self.problem.count
+        slope = 2.0 * LN2 * problem.linear
+        slant = float(slope @ point)
+        n = self.forms.shape[0]
+        if self.empty:
+            value = p * float(np.log(problem.constant)) if problem.constant > 0 else 0.0
+            zero, none = np.zeros(problem.num_scales), np.zeros(n)
+            return Evaluation(
+                point, value + slant, slope.copy(), zero, none, none, none, ()
+            )
+        moved = self.forms @ (point - self.centre)
+        if self._drift(moved) > _DRIFT_BITS:
+            self._normalise(point)
+            moved = self.forms @ (point - self.centre)
+        exponent = self._base - 2.0 * moved
+        tops = np.maximum.reduceat(exponent, self._starts[:-1])
+        factors = np.exp2(exponent - np.repeat(tops, self._lengths))
+        weights = np.empty(n)
+        sums: list[float] = []
+        logs: list[float] = []
+        for b, matrix in enumerate(self._matrices):
+            row, col = self.segments(b)
+            u, v = factors[row], factors[col]
+            weights[row] = u * _times(matrix, v)
+            weights[col] = v * _times(matrix.t(), u)
+            sums.append(float(weights[row].sum()))
+            logs.append(float(tops[2 * b] + tops[2 * b + 1]))
+        if self.has_vector:
+            part = self.vector_segment()
+            factors[part] *= self._mantissa
+            weights[part] = factors[part]
+            sums.append(float(weights[part].sum()))
+            logs.append(float(tops[-1]))
+        if problem.constant > 0:
+            sums.append(float(problem.constant))
+            logs.append(0.0)
+        self.pairs += 1
+        levels = np.asarray(logs)
+        with np.errstate(divide="ignore"):
+            magnitudes = levels + np.log2(np.asarray(sums))
+        top = float(magnitudes.max())
+        log2_total = top + float(np.log2(np.exp2(magnitudes - top).sum()))
+        shares = np.exp2(levels - log2_total)
+        for b in range(len(self.blocks)):
+            row, col = self.segments(b)
+            weights[row.start : col.stop] *= shares[b]
+        if self.has_vector:
+            weights[self.vector_segment()] *= shares[len(self.blocks)]
+        mean = self.forms_t @ weights
+        objective = p * LN2 * log2_total + slant
+        gradient = slope - 2.0 * LN2 * p * mean
+        return Evaluation(
+            point, objective, gradient, mean, weights, factors, shares, self._matrices
+        )
+
+    def hessian_product(self, at: Evaluation, direction: Array) -> Array:
+        """``4 ln2^2 p (E^T diag(w) E - (E^T w)(E^T w)^T) direction``: one pair of products."""
+        if self.empty:
+            return np.zeros_like(direction)
+        moved = self.forms @ direction
+        out = at.weights * moved
+        for b, matrix in enumerate(at.matrices):
+            row, col = self.segments(b)
+            u, v = at.factors[row], at.factors[col]
+            out[row] += at.levels[b] * u * _times(matrix, v * moved[col])
+            out[col] += at.levels[b] * v * _times(matrix.t(), u * moved[row])
+        self.pairs += 1
+        product = self.forms_t @ out - at.mean * float(at.mean @ direction)
+        return np.asarray(4.0 * LN2**2 * self.problem.count * product)
+
+    def hessian_diagonal(self, at: Evaluation) -> Array:
+        """Diagonal of the Hessian, ``(H,)``, exactly."""
+        if self.empty:
+            return np.zeros(self.problem.num_scales)
+        squares = self.forms_t.copy()
+        squares.data = squares.data**2
+        diagonal = squares @ at.weights
+        for pairs in self.pairs_of_one_scale():
+            share = self.pair_weights(at, pairs)
+            cross = 2.0 * pairs.row_exponent * pairs.col_exponent * share
+            diagonal += np.bincount(pairs.scale, cross, minlength=diagonal.size)
+        return np.asarray(4.0 * LN2**2 * self.problem.count * (diagonal - at.mean**2))
+
+    # -- sums over matrices, for the rank-one model ---------------------------------------------
+
+    def row_sum_bound(self) -> sparse.csr_array:
+        """``(H, forms)``: ``|K_fh| sum_h' |K_fh'|``; its product with weights bounds K^T w K."""
+        if self._bound is None:
+            size = abs(self.forms)
+            total = size.sum(axis=1)
+            self._bound = sparse.csr_array((size.multiply(total[:, None])).T.tocsr())
+        return self._bound
+
+    def block_sums(self, weights: Array) -> sparse.csr_array:
+        """``(2 B, H)``: ``rows^T a / sqrt(S)`` and ``cols^T c / sqrt(S)`` of every matrix."""
+        end = int(self._starts[2 * len(self.blocks)])
+        segment = np.repeat(np.arange(2 * len(self.blocks)), self._lengths[: 2 * len(self.blocks)])
+        sums = np.bincount(segment, weights[:end], minlength=2 * len(self.blocks))
+        root = np.sqrt(np.where(sums > 0, sums, 1.0))
+        group = sparse.csr_array(
+            (weights[:end] / root[segment], np.arange(end), self._starts[: 2 * len(self.blocks) + 1]),
+            shape=(2 * len(self.blocks), end),
+        )
+        return sparse.csr_array(group @ self._block_forms)
+
+    def counts(self) -> Array:
+        """Per form, the number of positive entries in its row or column (1 for single entries)."""
+        counts = np.ones(self.forms.shape[0])
+        for b, matrix in enumerate(self.sources):
+            row, col = self.segments(b)
+            r, c = matrix.shape
+            counts[row], counts[col] = c, r
+            if float(matrix.min()) == 0.0:
+                positive = matrix > 0
+                counts[row] = positive.sum(1).numpy()
+                counts[col] = positive.sum(0).numpy()
+        return counts
+
+    # -- entries by exponent -------------------------------------------------------------------
+
+    def pairs_of_one_scale(self) -> tuple[_Pairs, ...]:
+        """Matrix entries whose row and column forms both contain one and the same scale."""
+        if self._pairs is None:
+            found = []
+            for b in range(len(self.blocks)):
+                pairs = self._pairs_of(b)
+                if pairs.row.size:
+                    found.append(pairs)
+            self._pairs = tuple(found)
+        return self._pairs
+
+    def _pairs_of(self, b: int) -> _Pairs:
+        row, col = self.segments(b)
+        rows, cols = self.forms[row].tocsc(), self.forms[col].tocsc()
+        nr, nc = np.diff(rows.indptr), np.diff(cols.indptr)
+        shared = np.flatnonzero((nr > 0) & (nc > 0))
+        o: list[Any] = [np.zeros(0, np.int64)]
+        i: list[Any] = [np.zeros(0, np.int64)]
+        x: list[Any] = [np.zeros(0)]
+        y: list[Any] = [np.zeros(0)]
+        for h in shared:
+            ro = slice(rows.indptr[h], rows.indptr[h + 1])
+            co = slice(cols.indptr[h], cols.indptr[h + 1])
+            o.append(np.repeat(rows.indices[ro], nc[h]))
+            x.append(np.repeat(rows.data[ro], nc[h]))
+            i.append(np.tile(cols.indices[co], nr[h]))
+            y.append(np.tile(cols.data[co], nr[h]))
+        scale = np.repeat(shared, nr[shared] * nc[shared]).astype(np.int64)
+        return _Pairs(
+            b,
+            np.concatenate(o).astype(np.int64),
+            np.concatenate(i).astype(np.int64),
+            scale,
+            np.concatenate(x),
+            np.concatenate(y),
+        )
+
+    def pair_weights(self, at: Evaluation, pairs: _Pairs) -> Array:
+        """Share of T of each entry in ``pairs``."""
+        row, col = self.segments(pairs.block)
+        matrix = at.matrices[pairs.block].numpy()
+        picked = matrix[pairs.row, pairs.col]
+        scaled = picked * at.factors[row][pairs.row] * at.factors[col][pairs.col]
+        return np.asarray(at.levels[pairs.block] * scaled)
+
+    def shares_by_exponent(self, at: Evaluation) -> dict[float, Array]:
+        """For each non-zero exponent e: ``(H,)``, the share of T of the entries with ``E_ih = e``."""
+        if self._exponents is None:
+            values = np.unique(self.forms_t.data)
+            self._exponents = {float(e): _indicator(self.forms_t, e) for e in values}
+        h = self.problem.num_scales
+        shares = {e: np.asarray(k @ at.weights) for e, k in self._exponents.items()}
+        gross = {e: q.copy() for e, q in shares.items()}
+        for pairs in self.pairs_of_one_scale():
+            weight = self.pair_weights(at, pairs)
+            total = pairs.row_exponent + pairs.col_exponent
+            for sign, exponents in (
+                (-1, pairs.row_exponent),
+                (-1, pairs.col_exponent),
+                (1, total),
+            ):
+                for e in np.unique(exponents):
+                    pick = exponents == e
+                    change = np.bincount(pairs.scale[pick], weight[pick], minlength=h)
+                    shares[float(e)] = shares.get(float(e), np.zeros(h)) + sign * change
+        for e, q in gross.items():
+            if (
+                self.pairs_of_one_scale()
+            ):  # differences of equal numbers leave rounding errors
+                shares[e][shares[e] < 1e-13 * q] = 0.0
+        shares.pop(0.0, None)
+        return shares
+
+
+def objective(problem: Problem, point: Array) -> float:
+    """F at ``point``, without the constant ``-sum log g_i``."""
+    return Operator(problem).evaluate(point).objective
+
+
+def gradient(problem: Problem, point: Array) -> Array:
+    """``dF/ds``, ``(H,)``."""
+    return Operator(problem).evaluate(point).gradient
+
+
+def projected_gradient(problem: Problem, at: Evaluation) -> Array:
+    """Gradient with the components removed that push against a bound that is reached."""
+    g = at.gradient.copy()
+    g[(at.point <= problem.lower) & (g > 0)] = 0.0
+    g[(at.point >= problem.upper) & (g < 0)] = 0.0
+    return g
+
+
+def certificate(problem: Problem, at: Evaluation) -> float:
+    """``max |projected dF/ds| / p``."""
+    g = projected_gradient(problem, at)
+    return float(np.abs(g).max(initial=0.0)) / max(problem.count, 1)
+
+
+def solution(
+    operator: Operator, at: Evaluation, iterations: int, tol: float
+) -> Solution:
+    """Wrap a point with its certificate."""
+    norm = certificate(operator.problem, at)
+    return Solution(
+        at.point, at.objective, norm, iterations, operator.pairs, norm <= tol
+    )
+
+
+def _times(matrix: torch.Tensor, vector: Array) -> Array:
+    return np.asarray(
+        torch.mv(matrix, torch.from_numpy(vector)).numpy(), dtype=np.float64
+    )
+
+
+def _csr(forms: sparse.csr_array) -> sparse.csr_array:
+    return sparse.csr_array(forms, dtype=np.float64)
+
+
+def _indicator(forms_t: sparse.csr_array, value: float) -> sparse.csr_array:
+    out = forms_t.copy()
+    out.data = (out.data == value).astype(np.float64)
+    out.eliminate_zeros()
+    return out
+
+
+def _to_numpy(values: torch.Tensor | Array) -> Array:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().to(device="cpu", dtype=torch.float64).numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _check(problem: Problem) -> None:
+    h = problem.num_scales
+    for name in ("linear", "lower", "upper", "layers"):
+        shape = np.shape(getattr(problem, name))
+        if shape != (h,):
+            raise ArgumentError(
+                f"Problem.{name} has shape {shape}; expected ({h},), one value per scale. "
+                f"Pass an array of length num_scales."
+            )
+    if np.any(problem.lower > problem.upper):
+        raise ArgumentError(
+            "Problem.lower exceeds Problem.upper for some scale; the bounds must not cross. "
+            "Use equal bounds to fix a scale."
+        )
+    if not (np.isfinite(problem.constant) and problem.constant >= 0):
+        raise ArgumentError(
+            f"Problem.constant is {problem.constant}; expected a finite number >= 0. "
+            "Check the criterion for infinite or negative coefficients."
+        )
+    n = _to_numpy(problem.vector)
+    if problem.vector_forms.shape != (n.size, h):
+        raise ArgumentError(
+            f"Problem.vector_forms has shape {problem.vector_forms.shape}; expected "
+            f"({n.size}, {h}): one exponent row per entry of Problem.vector."
+        )
+    _check_values(
+        "Problem.vector", float(n.min(initial=0.0)), float(n.max(initial=0.0))
+    )
+    for k, block in enumerate(problem.blocks):
+        r, c = block.matrix.shape
+        if block.rows.shape != (r, h) or block.cols.shape != (c, h):
+            raise ArgumentError(
+                f"Problem.blocks[{k}] has a ({r}, {c}) matrix with rows {block.rows.shape} and "
+                f"cols {block.cols.shape}; expected ({r}, {h}) and ({c}, {h})."
+            )
+        if block.matrix.numel():
+            low, high = torch.aminmax(block.matrix.detach())
+            _check_values(f"Problem.blocks[{k}].matrix", float(low), float(high))
+
+
+def _check_values(name: str, low: float, high: float) -> None:
+    if not (low >= 0 and high < np.inf):
+        raise ArgumentError(
+            f"{name} has values from {low} to {high}; coefficients must be finite and >= 0. "
+            "Check the criterion for overflow (the coefficients may be divided by any constant)."
+        )
