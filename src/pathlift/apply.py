@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,10 +15,21 @@ from pathlift.capture import check_model, named_tensors
 from pathlift.errors import ArgumentError, RangeError
 from pathlift.symmetry.group import RescalingGroup
 
+# Log2 factors of one tensor, as small tensors whose broadcast sum is meant.
+Factors = list[Tensor]
+
 # How the state an optimiser keeps per parameter transforms: like theta^-k times this power.
 _STATE_POWERS = {
-    "momentum_buffer": -1, "exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2,
-    "square_avg": -2, "grad_avg": -1, "sum": -2, "exp_inf": -1, "ax": 1, "mu_product": 0,
+    "momentum_buffer": -1,
+    "exp_avg": -1,
+    "exp_avg_sq": -2,
+    "max_exp_avg_sq": -2,
+    "square_avg": -2,
+    "grad_avg": -1,
+    "sum": -2,
+    "exp_inf": -1,
+    "ax": 1,
+    "mu_product": 0,
     "step": 0,
 }
 
@@ -33,7 +45,7 @@ def rescale_(
     variables = group.variables(log2_scales)
     exact = bool((variables == np.round(variables)).all())
     parameters, _, _ = named_tensors(model)
-    changes: list[tuple[str, Tensor, Tensor]] = []
+    changes: list[tuple[str, Tensor, Factors]] = []
     for name, spec in group.parameters.items():
         if name not in parameters:
             raise ArgumentError(
@@ -48,24 +60,25 @@ def rescale_(
             )
         if not spec.terms:
             continue
-        exponent = group.parameter_exponent(name, variables)
-        if bool(exponent.any()):
-            changes.append((name, parameter, exponent))
-    for name, parameter, exponent in changes:
-        if exact:
-            _check_range(name, parameter, exponent)
+        exponents = group.parameter_exponents(name, variables)
+        if exponents:
+            changes.append((name, parameter, exponents))
+    if exact:
+        changes = [(n, p, _in_range(n, p, exponents)) for n, p, exponents in changes]
     states = list(_optimizer_changes(optimizer, changes))
     targets = [(p.data, e, 1) for _, p, e in changes] + states
     _all_or_none(targets, exact)
 
 
-def _all_or_none(targets: list[tuple[Tensor, Tensor, int]], exact: bool) -> None:
+def _all_or_none(targets: list[tuple[Tensor, Factors, int]], exact: bool) -> None:
     undo: list[Callable[[], object]] = []
     try:
         with torch.no_grad():
             for tensor, exponent, power in targets:
                 if exact:
-                    undo.append(lambda t=tensor, e=exponent, k=power: multiply_(t, e, -k))
+                    undo.append(
+                        lambda t=tensor, e=exponent, k=power: multiply_(t, e, -k)
+                    )
                 else:
                     undo.append(lambda t=tensor, old=tensor.clone(): t.copy_(old))
                 try:
@@ -80,39 +93,38 @@ def _all_or_none(targets: list[tuple[Tensor, Tensor, int]], exact: bool) -> None
         raise
 
 
-def multiply_(tensor: Tensor, exponent: Tensor, power: int = 1) -> None:
-    """``tensor *= 2 ** (power * exponent)``; exact for integer exponents.
+def multiply_(tensor: Tensor, exponents: Factors, power: int = 1) -> None:
+    """``tensor *= 2 ** (power * sum(exponents))``; exact for integer exponents.
 
-    Powers of two are made by ``ldexp`` on the host, never by a rounding ``pow``; half precision
-    is multiplied in float32 (float16) so that the factor itself can't overflow.
+    Powers of two are made by ``ldexp`` on the host, never by a rounding ``pow``. One pass over the
+    tensor per factor (rows, columns), each a small tensor that broadcasts.
     """
-    scaled = (exponent * power).numpy()
-    whole = np.rint(scaled)
-    factor = np.ldexp(np.exp2(scaled - whole), whole.astype(np.int64))
     wide = tensor.dtype in (torch.float64, torch.float32)
-    compute = tensor.dtype if wide else torch.float32
-    factors = torch.from_numpy(np.asarray(factor)).to(tensor.device, torch.float64)
-    if compute == torch.float32 and float(np.abs(whole).max(initial=0)) > 120:
-        compute = torch.float64
-    factors = factors.to(compute)
-    if compute == tensor.dtype:
-        tensor.mul_(factors)
-    else:
-        tensor.copy_((tensor.to(compute) * factors).to(tensor.dtype))
+    largest = sum(float(e.abs().max()) for e in exponents)
+    compute = tensor.dtype if wide and largest < 100 else torch.float64
+    work = tensor if compute == tensor.dtype else tensor.to(compute)
+    for exponent in exponents:
+        scaled = (exponent * power).numpy()
+        whole = np.rint(scaled)
+        factor = np.asarray(np.ldexp(np.exp2(scaled - whole), whole.astype(np.int64)))
+        factors = torch.from_numpy(factor).to(compute).to(tensor.device)
+        work = work.mul_(factors)
+    if work is not tensor:
+        tensor.copy_(work.to(tensor.dtype))
 
 
 def exponent_range(tensor: Tensor) -> tuple[int, int] | None:
     """Smallest and largest binary exponent of the non-zero entries (None if there are none)."""
     if not tensor.numel():
         return None
-    size = tensor.detach().abs()
-    top = float(size.amax())
-    if top == 0 or not np.isfinite(top):
+    size = tensor.detach()
+    top = float(torch.linalg.vector_norm(size, math.inf))
+    if top == 0 or not math.isfinite(top):
         return None
-    low = float(size.amin())
+    low = float(torch.linalg.vector_norm(size, -math.inf))
     if low == 0:
-        low = float(torch.where(size > 0, size, size.new_tensor(top)).amin())
-    return int(np.frexp(low)[1]) - 1, int(np.frexp(top)[1]) - 1
+        low = float(torch.linalg.vector_norm(size[size != 0], -math.inf))
+    return math.frexp(low)[1] - 1, math.frexp(top)[1] - 1
 
 
 def exponent_limits(dtype: torch.dtype) -> tuple[int, int]:
@@ -121,23 +133,29 @@ def exponent_limits(dtype: torch.dtype) -> tuple[int, int]:
     return int(np.frexp(info.tiny)[1]) - 1, int(np.frexp(info.max)[1]) - 1
 
 
-def _check_range(name: str, parameter: Tensor, exponent: Tensor) -> None:
+def _in_range(name: str, parameter: Tensor, exponents: Factors) -> Factors:
+    """The factors to multiply by, in an order that is exact; raises if there is none."""
     found = exponent_range(parameter)
     if found is None:
-        return
+        return exponents
     low, high = exponent_limits(parameter.dtype)
-    if found[1] + float(exponent.max()) <= high and found[0] + float(exponent.min()) >= low:
-        return
+    if (
+        found[1] + sum(max(float(e.max()), 0) for e in exponents) <= high
+        and found[0] + sum(min(float(e.min()), 0) for e in exponents) >= low
+    ):
+        return exponents
+    joined = [sum(exponents[1:], exponents[0])]
     moved = parameter.detach().clone()
-    multiply_(moved, exponent)
+    multiply_(moved, joined)
     back = moved.clone()
-    multiply_(back, exponent, -1)
+    multiply_(back, joined, -1)
     if not torch.equal(back, parameter.detach()):
         raise RangeError(
-            f"rescaling '{name}' by 2**{exponent.min():.0f} to 2**{exponent.max():.0f} leaves the "
-            f"normal range of {str(parameter.dtype).removeprefix('torch.')}: bits would be lost. "
-            f"Nothing was changed. Use smaller scales or a wider dtype."
+            f"rescaling '{name}' by 2**{joined[0].min():.0f} to 2**{joined[0].max():.0f} leaves "
+            f"the normal range of {str(parameter.dtype).removeprefix('torch.')}: bits would be "
+            f"lost. Nothing was changed. Use smaller scales or a wider dtype."
         )
+    return joined
 
 
 def scale_bounds(
@@ -156,7 +174,9 @@ def scale_bounds(
         parameter = parameters[name]
         low, high = exponent_limits(parameter.dtype)
         found = exponent_range(parameter)
-        above = high // 2 if found is None else max(min(high - 1 - found[1], high // 2), 0)
+        above = (
+            high // 2 if found is None else max(min(high - 1 - found[1], high // 2), 0)
+        )
         below = high // 2 if found is None else max(min(found[0] - low, high // 2), 0)
         share = sum(abs(c) for c, _ in spec.terms)
         for coefficient, ids in spec.terms:
@@ -172,23 +192,32 @@ def scale_bounds(
     row, col, c = basis.row, basis.col, basis.data
     both = np.minimum(up, down)
     simple = (weight[row] == 1) & (c == 1)
-    high_side = np.where(simple, up[row], np.floor(both[row] / np.maximum(weight[row], 1)))
-    low_side = np.where(simple, down[row], np.floor(both[row] / np.maximum(weight[row], 1)))
+    high_side = np.where(
+        simple, up[row], np.floor(both[row] / np.maximum(weight[row], 1))
+    )
+    low_side = np.where(
+        simple, down[row], np.floor(both[row] / np.maximum(weight[row], 1))
+    )
     np.minimum.at(upper, col, high_side)
     np.maximum.at(lower, col, -low_side)
     return lower, upper
 
 
 def _optimizer_changes(
-    optimizer: torch.optim.Optimizer | None, changes: Iterable[tuple[str, Tensor, Tensor]]
-) -> Iterable[tuple[Tensor, Tensor, int]]:
+    optimizer: torch.optim.Optimizer | None,
+    changes: Iterable[tuple[str, Tensor, Factors]],
+) -> Iterable[tuple[Tensor, Factors, int]]:
     """State tensors of the rescaled parameters and the power of the factor each takes."""
     if optimizer is None:
         return
-    for name, parameter, exponent in changes:
+    for name, parameter, exponents in changes:
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for key, value in state.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 and key in _STATE_POWERS:
+            if (
+                not isinstance(value, Tensor)
+                or value.dim() == 0
+                and key in _STATE_POWERS
+            ):
                 continue
             if key not in _STATE_POWERS or value.shape != parameter.shape:
                 raise ArgumentError(
@@ -197,4 +226,4 @@ def _optimizer_changes(
                     f"{', '.join(sorted(_STATE_POWERS))}. Condition before the first step."
                 )
             if _STATE_POWERS[key]:
-                yield value, exponent, _STATE_POWERS[key]
+                yield value, exponents, _STATE_POWERS[key]

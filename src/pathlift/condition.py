@@ -125,7 +125,9 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def _check_arguments(exact: object, optimizer: object, tol: object, verify: object) -> None:
+def _check_arguments(
+    exact: object, optimizer: object, tol: object, verify: object
+) -> None:
     for name, flag in (("exact", exact), ("verify", verify)):
         if not isinstance(flag, bool):
             raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
@@ -169,8 +171,11 @@ def _outputs(model: nn.Module, program: Program) -> list[list[Tensor]]:
 def _difference(before: Any, after: Any, exact: bool) -> float:
     worst = 0.0
     for a, b in zip(sum(before, []), sum(after, []), strict=True):
-        if torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num())
-                                 and torch.equal(a.isnan(), b.isnan())):
+        if torch.equal(a, b) or (
+            a.is_floating_point()
+            and torch.equal(a.nan_to_num(), b.nan_to_num())
+            and torch.equal(a.isnan(), b.isnan())
+        ):
             continue
         gap = (a.to(torch.float64) - b.to(torch.float64)).abs()
         worst = max(worst, float(gap.nan_to_num(nan=float("inf")).max()))

@@ -52,7 +52,9 @@ class ConditioningReport:
         exact = self.log2_scales.dtype == torch.int64
         moved = int(torch.count_nonzero(self.log2_scales))
         span = (
-            f", from {self.log2_scales.min():g} to {self.log2_scales.max():g}" if moved else ""
+            f", from {self.log2_scales.min():g} to {self.log2_scales.max():g}"
+            if moved
+            else ""
         )
         if self.max_output_change is None:
             outputs = "not verified"
@@ -64,14 +66,20 @@ class ConditioningReport:
             ("scales", f"{self.num_scales:,} ({moved:,} changed{span})"),
             ("parameters", f"{self.num_parameters:,} counted"),
             ("imbalance", f"{self.imbalance_before:.4f} -> {self.imbalance_after:.4f}"),
-            ("certificate", f"{self.gradient_norm:.1e} after {self.iterations} iterations"),
+            (
+                "certificate",
+                f"{self.gradient_norm:.1e} after {self.iterations} iterations",
+            ),
             ("outputs", outputs),
             ("rounding", "powers of two" if exact else "none (continuous scales)"),
             ("seconds", ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items())),
         ]
         if self.dead_channels:
             rows.insert(3, ("dead", f"{self.dead_channels:,} channels kept at scale 0"))
-        for title, counts in (("pinned by", self.unsupported), ("stand-in", self.approximated)):
+        for title, counts in (
+            ("pinned by", self.unsupported),
+            ("stand-in", self.approximated),
+        ):
             if counts:
                 rows.append((title, ", ".join(f"{k} x{v}" for k, v in counts.items())))
         return "\n".join(f"{title:<12} {text}" for title, text in rows)

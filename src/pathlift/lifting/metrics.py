@@ -68,9 +68,9 @@ def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, 
             f"diag(G) reaches 2**{math.log2(peak) + shift:.0f}, beyond float64. Rescale the "
             f"network first, or use condition_, which works up to a common factor."
         )
+    half = int(shift) // 2  # in two steps: either factor alone stays in range
     return {
-        n: torch.ldexp(g, torch.tensor(shift)).to(program.parameters[n].device)
-        if abs(shift) < 1000 else g * 2.0 ** (shift // 2) * 2.0 ** (shift - shift // 2)
+        n: (g * 2.0**half * 2.0 ** (int(shift) - half)).to(program.parameters[n].device)
         for n, g in found.items()
     }
 

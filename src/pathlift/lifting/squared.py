@@ -12,7 +12,6 @@ depth and no initial scale leaves float64. Powers of two are exact, so this cost
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ class Lifted:
     """A non-negative activation of the lifted network: ``tensor * 2**shift`` (float64)."""
 
     tensor: Tensor
-    shift: int = 0
+    shift: float = 0
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Lifted:
         """Apply a map that is homogeneous of degree 1."""
@@ -69,21 +68,24 @@ class LiftedPass:
     Attributes:
         total: ``sum of outputs * 2**-shift``, per sample, differentiable in ``parameters``.
         shift: the common power of two taken out of ``total``.
-        parameters: name -> ``|theta|^p`` (float64, requires grad).
+        parameters: name -> ``|theta * 2**-unit|^p`` (requires grad).
+        units: name -> the power of two taken out of the parameter.
         approximated: operations where paths are not defined and a stand-in was used, with counts.
     """
 
     total: Tensor
-    shift: int
+    shift: float
     parameters: dict[str, Tensor]
+    units: dict[str, int]
     approximated: dict[str, int]
 
 
 class _Context:
     """What the rules see: the exponent and the node at hand."""
 
-    def __init__(self, p: float, strict: bool) -> None:
+    def __init__(self, p: float, strict: bool, dtype: torch.dtype) -> None:
         self.p = p
+        self.dtype = dtype
         self.strict = strict
         self.node: fx.Node = None  # type: ignore[assignment]
         self.approximated: dict[str, int] = {}
@@ -91,14 +93,14 @@ class _Context:
     def coefficient(self, value: Any) -> Any:
         """``|a|^p`` of a fixed coefficient."""
         if isinstance(value, Tensor):
-            return value.to(torch.float64).abs() ** self.p
+            return value.to("cpu", self.dtype).abs() ** self.p
         return abs(float(value)) ** self.p
 
     def lifted(self, value: Any) -> Lifted:
         """A constant as an activation that starts paths of its own (like a bias)."""
         if isinstance(value, Lifted):
             return value
-        return Lifted(torch.as_tensor(self.coefficient(value), dtype=torch.float64))
+        return Lifted(torch.as_tensor(self.coefficient(value), dtype=self.dtype))
 
     def approximate(self) -> None:
         """Note the use of a stand-in, or refuse it."""
@@ -115,23 +117,34 @@ class _Context:
 
 
 def lifted_pass(
-    program: Program, training: bool, p: float = 2, strict: bool = True
+    program: Program,
+    training: bool,
+    p: float = 2,
+    strict: bool = True,
+    dtype: torch.dtype = torch.float64,
 ) -> LiftedPass:
     """Run the lifted network of exponent ``p`` on ones.
 
     The value is per sample: where every input and every output has at least two dimensions and
     one common leading size, that dimension is taken as the batch and divided out.
 
+    Every parameter is divided by a power of two that brings its largest entry near 1 before it is
+    raised to ``p``, so the range of ``dtype`` bounds ratios within one tensor only.
+
     Raises:
         UnsupportedOperationError: ``strict`` and the graph has an operation without paths.
     """
     graph = program.graph(training)
-    parameters = {
-        name: (q.detach().to(torch.float64).abs() ** p).requires_grad_(True)
-        for name, q in program.parameters.items()
-        if q.is_floating_point()
-    }
-    context = _Context(p, strict)
+    parameters: dict[str, Tensor] = {}
+    units: dict[str, int] = {}
+    for name, q in program.parameters.items():
+        if q.is_floating_point():
+            units[name] = _unit_exponent(q)
+            scaled = q.detach().to("cpu", dtype) * 2.0 ** -units[name]
+            parameters[name] = (
+                scaled.square() if p == 2 else scaled.abs() ** p
+            ).requires_grad_(torch.is_grad_enabled())
+    context = _Context(p, strict, dtype)
     env: dict[fx.Node, Any] = {}
     batch: set[int] = set()
     for node in graph.nodes:
@@ -141,11 +154,11 @@ def lifted_pass(
         elif node.op == "placeholder":
             name = graph.tensors.get(node.name)
             if name in parameters:
-                env[node] = Lifted(parameters[name])
+                env[node] = Lifted(parameters[name], p * units[name])
             elif isinstance(node.meta.get("val"), Tensor):
                 shape = shape_of(node)
                 batch.add(shape[0] if len(shape) > 1 else -1)
-                env[node] = Lifted(torch.ones((), dtype=torch.float64).expand(shape))
+                env[node] = Lifted(torch.ones((), dtype=dtype).expand(shape))
         elif node.op == "call_function":
             env[node] = _call(context, node, env)
             if in_place(node) and isinstance(node.args[0], fx.Node):
@@ -164,12 +177,15 @@ def lifted_pass(
         batch.add(out.tensor.shape[0] if out.tensor.dim() > 1 else -1)
     if len(batch) == 1 and -1 not in batch:
         total = total / batch.pop()
-    return LiftedPass(total, top, parameters, context.approximated)
+    return LiftedPass(total, top, parameters, units, context.approximated)
 
 
 def diagonal(
-    program: Program, training: bool, strict: bool = True
-) -> tuple[dict[str, Tensor], int, dict[str, int]]:
+    program: Program,
+    training: bool,
+    strict: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[dict[str, Tensor], float, dict[str, int]]:
     """``diag(G)`` up to one power of two.
 
     Returns:
@@ -177,7 +193,7 @@ def diagonal(
         on no path), the shift, and the operations a stand-in was used for.
     """
     with torch.enable_grad():
-        result = lifted_pass(program, training, 2, strict)
+        result = lifted_pass(program, training, 2, strict, dtype)
         names = list(result.parameters)
         if not result.total.requires_grad:
             grads: Sequence[Tensor | None] = [None] * len(names)
@@ -186,10 +202,28 @@ def diagonal(
                 result.total, [result.parameters[n] for n in names], allow_unused=True
             )
     found = {
-        n: torch.zeros_like(result.parameters[n]) if g is None else g
+        n: torch.zeros_like(result.parameters[n])
+        if g is None
+        else _rescaled(g, result.units[n])
         for n, g in zip(names, grads, strict=True)
     }
     return found, result.shift, result.approximated
+
+
+def _unit_exponent(q: Tensor) -> int:
+    """Power of two next to the largest entry, rounded to even steps of 8 (0 for near 1)."""
+    if not q.numel():
+        return 0
+    peak = float(torch.linalg.vector_norm(q.detach(), math.inf))
+    if peak == 0 or not math.isfinite(peak):
+        return 0
+    exponent = math.frexp(peak)[1]
+    return exponent if abs(exponent) > 12 else 0
+
+
+def _rescaled(g: Tensor, unit: int) -> Tensor:
+    """Gradient in the squared parameter from the gradient in its squared unit form."""
+    return g * 2.0 ** (-2 * unit) if unit else g
 
 
 def _call(context: _Context, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -200,7 +234,7 @@ def _call(context: _Context, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         return args[0][args[1]] if isinstance(args[0], (list, tuple)) else None
     values = _leaves((args, kwargs))
     if name in _EXPECTATION:
-        return torch.full(shape_of(node), _EXPECTATION[name](args), dtype=torch.float64)
+        return torch.full(shape_of(node), _EXPECTATION[name](args), dtype=context.dtype)
     if not any(isinstance(v, Lifted) for v in values):
         return _constant(node, args, kwargs)
     function = LIFTS.get(name)
@@ -549,7 +583,7 @@ def _batch_norm(
             else rest[-1]
         )
         view = (-1,) + (1,) * (x.tensor.dim() - 2)
-        sigma = (var.to(torch.float64) + eps).sqrt()
+        sigma = (var.to("cpu", torch.float64) + eps).sqrt().to(c.dtype)
         (left, right), shift = _aligned(c, (x, mean))
         out = Lifted((left + right.reshape(view)) / (sigma**c.p).reshape(view), shift)
         out = _affine(c, out, w, b, 1)
@@ -614,6 +648,10 @@ def _window_sum(
 ) -> Tensor:
     """Sum over each window, by a convolution with ones (any dilation, ceil mode by padding)."""
     n = len(size)
+    if n == 2 and set(dilation) == {1}:
+        out = F.avg_pool2d(x, size, stride, padding, True, True, divisor_override=1)
+        if out.shape[-2:] == tuple(target):
+            return out
     lead = x.shape[: x.dim() - n]
     flat = x.reshape(-1, 1, *x.shape[-n:])
     pads: list[int] = []
@@ -668,7 +706,7 @@ def _pools(n: int) -> None:
         total = x.map(
             lambda t: _window_sum(t, size, stride, padding, (1,) * n, _target(c, n))
         )
-        ones = torch.ones((1, 1, *x.tensor.shape[-n:]), dtype=torch.float64)
+        ones = torch.ones((1, 1, *x.tensor.shape[-n:]), dtype=c.dtype)
         # Each output position has one coefficient 1 / divisor; read it off the operation itself.
         extra = [divisor_override] if divisor_override is not None else []
         pool = getattr(F, f"avg_pool{n}d")
@@ -682,7 +720,7 @@ def _pools(n: int) -> None:
         def run(c: _Context, x: Lifted, size: Any) -> Any:
             target = _target(c, n)
             inside = x.tensor.shape[-n:]
-            count = torch.ones(target, dtype=torch.float64)
+            count = torch.ones(target, dtype=c.dtype)
             for d in range(n):
                 widths = [
                     -(-(i + 1) * inside[d] // target[d]) - i * inside[d] // target[d]
@@ -690,7 +728,7 @@ def _pools(n: int) -> None:
                 ]
                 view = [1] * n
                 view[d] = -1
-                count = count * torch.tensor(widths, dtype=torch.float64).reshape(view)
+                count = count * torch.tensor(widths, dtype=c.dtype).reshape(view)
             pool = getattr(F, f"adaptive_avg_pool{n}d")
             weight = count ** (1 - c.p) if averaged else count
             out = x.map(lambda t: pool(t, target) * weight).normalised()
@@ -740,7 +778,7 @@ def _resample_linear(
     out = x.tensor
     for d in range(n):
         axis = out.dim() - n + d
-        eye = torch.eye(out.shape[axis], dtype=torch.float64)[None]
+        eye = torch.eye(out.shape[axis], dtype=c.dtype)[None]
         matrix = (
             torch.ops.aten.upsample_linear1d(eye, [target[d]], align, factors[d])[0]
             ** c.p
@@ -882,6 +920,3 @@ def _attention(
     scores = torch.matmul(q.tensor, k.tensor.transpose(-1, -2)) * d ** (-c.p / 2)
     out = torch.matmul(scores, v.tensor) * float(tokens) ** -c.p
     return Lifted(out, q.shift + k.shift + v.shift).normalised()
-
-
-assert operator

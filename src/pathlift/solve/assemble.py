@@ -68,23 +68,30 @@ def assemble(
         counted = trainable.get(name, True)
         if counted:
             count += positive
-            log_sum += float(g.log().sum() if full else g[g > 0].log().sum())
+            log_sum += _log_sum(g if full else g[g > 0])
         spec = group.parameters[name]
         parts = _two_parts(spec)
         if not parts:
-            constant += float(g.sum()) if counted else 0.0
+            constant += float(g.sum(dtype=torch.float64)) if counted else 0.0
             continue
         matrix, labels = _reduce(g, parts)
+        matrix = matrix.to(torch.float64)
         number = matrix_counts = None
         if not full:
             number, _ = _reduce((g > 0).to(torch.float64), parts)
-        rows = [_forms(table, [c for c, _ in terms], group.basis)
-                for (_, terms), (table, _) in zip(parts, labels, strict=True)]
+        rows = [
+            _forms(table, [c for c, _ in terms], group.basis)
+            for (_, terms), (table, _) in zip(parts, labels, strict=True)
+        ]
         sizes = [torch.from_numpy(n).to(torch.float64) for _, n in labels]
         if number is None:
             total = g.numel() / math.prod(int(s.sum()) for s in sizes)
-            matrix_counts = [s.numpy() * total * math.prod(
-                int(o.sum()) for k, o in enumerate(sizes) if k != j) for j, s in enumerate(sizes)]
+            matrix_counts = [
+                s.numpy()
+                * total
+                * math.prod(int(o.sum()) for k, o in enumerate(sizes) if k != j)
+                for j, s in enumerate(sizes)
+            ]
         elif len(parts) == 1:
             matrix_counts = [number.numpy()]
         else:
@@ -107,9 +114,23 @@ def assemble(
     stacked = sp.csr_array(sp.vstack(forms)) if forms else sp.csr_array((0, h))
     vector = torch.cat(vectors) if vectors else torch.zeros(0, dtype=torch.float64)
     problem = Problem(
-        h, tuple(blocks), vector, stacked, constant, linear, count, lower, upper, layers(group)
+        h,
+        tuple(blocks),
+        vector,
+        stacked,
+        constant,
+        linear,
+        count,
+        lower,
+        upper,
+        layers(group),
     )
     return Assembled(problem, log_sum / count if count else 0.0, dead)
+
+
+def _log_sum(g: Tensor) -> float:
+    """Sum of natural logarithms, accumulated in float64."""
+    return float(g.log().sum(dtype=torch.float64))
 
 
 def layers(group: RescalingGroup) -> NDArray[np.int64]:
@@ -160,7 +181,8 @@ def _reduce(
         shape = [n if d in axes else 1 for d, n in enumerate(g.shape)]
         order = [*axes, *(d for d in range(g.dim()) if d not in axes)]
         table = np.stack(
-            [ids.expand(shape).permute(order).reshape(-1).numpy() for _, ids in terms], axis=1
+            [ids.expand(shape).permute(order).reshape(-1).numpy() for _, ids in terms],
+            axis=1,
         )
         if table.shape[1] == 1:
             unique, inverse, counts = np.unique(

@@ -56,7 +56,9 @@ from pathlift.solve.problem import (
 _MAX_MOVE = 150.0
 
 
-def coordinate_descent(problem: Problem, tol: float = 1e-8, max_sweeps: int = 1000) -> Solution:
+def coordinate_descent(
+    problem: Problem, tol: float = 1e-8, max_sweeps: int = 1000
+) -> Solution:
     """Minimise F by sweeps of exact joint minimisations over independent sets of scales."""
     operator = Operator(problem)
     start = np.clip(np.zeros(problem.num_scales), problem.lower, problem.upper)
@@ -114,11 +116,18 @@ def _colour(operator: Operator) -> list[IntArray]:
         used = set(colour[near[near != k]].tolist())
         colour[k] = next(c for c in range(len(used) + 1) if c not in used)
     chosen = colour[node]
-    sets = [np.flatnonzero((chosen == c) & movable) for c in range(int(colour.max(initial=-1)) + 1)]
+    sets = [
+        np.flatnonzero((chosen == c) & movable)
+        for c in range(int(colour.max(initial=-1)) + 1)
+    ]
     return [s.astype(np.int64) for s in sets if s.size]
 
 
-def _mark_broken(operator: Operator, layer: IntArray, broken: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> None:
+def _mark_broken(
+    operator: Operator,
+    layer: IntArray,
+    broken: np.ndarray[tuple[int], np.dtype[np.bool_]],
+) -> None:
     """Mark the layers with two scales in one entry."""
     suspect = _coupling_within(operator, layer, broken.size)
     if not suspect.any():
@@ -129,7 +138,9 @@ def _mark_broken(operator: Operator, layer: IntArray, broken: np.ndarray[tuple[i
     broken[layer[pattern.row[same]]] = True
 
 
-def _coupling_within(operator: Operator, layer: IntArray, layers: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _coupling_within(
+    operator: Operator, layer: IntArray, layers: int
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Layers with two scales in one form, or on both sides of one matrix."""
     member = _membership(layer, layers)
     pattern = _pattern(operator.forms)
@@ -169,7 +180,9 @@ def _coupling(
 
 def _membership(node: IntArray, size: int) -> sparse.csr_array:
     ones = np.ones(node.size)
-    return sparse.csr_array((ones, (np.arange(node.size), node)), shape=(node.size, size))
+    return sparse.csr_array(
+        (ones, (np.arange(node.size), node)), shape=(node.size, size)
+    )
 
 
 def _pattern(matrix: sparse.csr_array) -> sparse.csr_array:
@@ -217,7 +230,12 @@ def best_moves(
         leave = shares[exponents == -1.0].sum(axis=0) if exponents.size else zero
         return _quadratic_moves(enter, leave, rest, slope, low, high)
     total = _root_by_bracket(
-        lambda t: rest + _sum_at(exponents, shares, _convex_moves(exponents, shares, slope, t, low, high))
+        lambda t: (
+            rest
+            + _sum_at(
+                exponents, shares, _convex_moves(exponents, shares, slope, t, low, high)
+            )
+        )
     )
     return _convex_moves(exponents, shares, slope, total, low, high)
 
@@ -250,7 +268,9 @@ def _quadratic_moves(
         d = np.clip(_quadratic_root(enter, leave, slope, t), low, high)
         return rest + float((enter * np.exp2(-2 * d) + leave * np.exp2(2 * d)).sum())
 
-    return np.clip(_quadratic_root(enter, leave, slope, _root_by_bracket(sum_at)), low, high)
+    return np.clip(
+        _quadratic_root(enter, leave, slope, _root_by_bracket(sum_at)), low, high
+    )
 
 
 def _quadratic_root(enter: Array, leave: Array, slope: Array, total: float) -> Array:

@@ -87,7 +87,9 @@ def _newton_step(operator: Operator, at: Evaluation, tol: float) -> Evaluation |
     g = np.where(free, at.gradient, 0.0)
     norm = certificate(problem, at)
     accuracy = max(min(0.1, norm**0.5), min(0.3 * tol / norm, 0.1))
-    apply = preconditioner(operator, at.weights, at.mean, free, 4 * LN2**2 * problem.count)
+    apply = preconditioner(
+        operator, at.weights, at.mean, free, 4 * LN2**2 * problem.count
+    )
     direction = _conjugate_gradients(operator, at, -g, free, apply, accuracy)
     size = float(np.abs(operator.forms @ direction).max(initial=0.0))
     if not np.isfinite(size):
@@ -97,7 +99,9 @@ def _newton_step(operator: Operator, at: Evaluation, tol: float) -> Evaluation |
     return _line_search(operator, at, direction)
 
 
-def _free(problem: Problem, at: Evaluation) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _free(
+    problem: Problem, at: Evaluation
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Scales not held by a bound: inside, or at a bound with the gradient pointing inwards."""
     near = 1e-9 * (1.0 + np.abs(at.point))
     low = (at.point <= problem.lower + near) & (at.gradient >= 0)
@@ -143,7 +147,9 @@ def _conjugate_gradients(
     return x
 
 
-def _line_search(operator: Operator, at: Evaluation, direction: Array) -> Evaluation | None:
+def _line_search(
+    operator: Operator, at: Evaluation, direction: Array
+) -> Evaluation | None:
     """Armijo along the projected path, with the slope at the far end as a guard for rounding.
 
     On the chord from ``at`` to the trial F is convex, so a slope at the trial that is still
@@ -192,7 +198,9 @@ def preconditioner(
     bound = operator.row_sum_bound() @ weights
     top = float(bound.max(initial=0.0))
     diagonal = bound * (1.0 + _RIDGE) + 1e-14 * top
-    inverse = np.where(free & (diagonal > 0), 1.0 / np.where(diagonal > 0, diagonal, 1.0), 0.0)
+    inverse = np.where(
+        free & (diagonal > 0), 1.0 / np.where(diagonal > 0, diagonal, 1.0), 0.0
+    )
     blocks = len(operator.blocks)
     if blocks == 0:
         low = sparse.csr_array(mean[None, :])
@@ -226,7 +234,9 @@ def _first_point(operator: Operator, at: Evaluation) -> Evaluation:
         trial = operator.evaluate(point)
         if not trial.objective < at.objective:
             break
-        moved = float(np.abs(operator.forms @ (trial.point - at.point)).max(initial=0.0))
+        moved = float(
+            np.abs(operator.forms @ (trial.point - at.point)).max(initial=0.0)
+        )
         at = trial
         if moved < 8.0:
             break
@@ -263,4 +273,6 @@ def _least_squares_step(
     share = counts / amount
     mean = operator.forms_t @ share
     right = operator.forms_t @ (pull / amount)
-    return 0.5 * preconditioner(operator, share, mean, free, 1.0)(np.where(free, right, 0.0))
+    return 0.5 * preconditioner(operator, share, mean, free, 1.0)(
+        np.where(free, right, 0.0)
+    )

@@ -349,11 +349,17 @@ class Operator:
     def block_sums(self, weights: Array) -> sparse.csr_array:
         """``(2 B, H)``: ``rows^T a / sqrt(S)`` and ``cols^T c / sqrt(S)`` of every matrix."""
         end = int(self._starts[2 * len(self.blocks)])
-        segment = np.repeat(np.arange(2 * len(self.blocks)), self._lengths[: 2 * len(self.blocks)])
+        segment = np.repeat(
+            np.arange(2 * len(self.blocks)), self._lengths[: 2 * len(self.blocks)]
+        )
         sums = np.bincount(segment, weights[:end], minlength=2 * len(self.blocks))
         root = np.sqrt(np.where(sums > 0, sums, 1.0))
         group = sparse.csr_array(
-            (weights[:end] / root[segment], np.arange(end), self._starts[: 2 * len(self.blocks) + 1]),
+            (
+                weights[:end] / root[segment],
+                np.arange(end),
+                self._starts[: 2 * len(self.blocks) + 1],
+            ),
             shape=(2 * len(self.blocks), end),
         )
         return sparse.csr_array(group @ self._block_forms)

@@ -85,14 +85,20 @@ class RescalingGroup:
             )
         return np.asarray(self.basis @ scales)
 
-    def parameter_exponent(self, name: str, variables: NDArray[np.float64]) -> Tensor:
-        """Log2 factor of a parameter, float64, of a shape that broadcasts to the parameter's."""
-        spec = self._spec(name)
+    def parameter_exponents(
+        self, name: str, variables: NDArray[np.float64]
+    ) -> list[Tensor]:
+        """Log2 factors of a parameter: small float64 tensors whose broadcast sum is ``E s``.
+
+        One per group of axes (rows, columns), zero ones left out.
+        """
         table = torch.from_numpy(variables)
-        total = torch.zeros((1,) * len(spec.shape), dtype=torch.float64)
-        for coefficient, ids in spec.terms:
-            total = total + coefficient * table[ids]
-        return total
+        found = []
+        for _, terms in self._spec(name).components():
+            total = sum(coefficient * table[ids] for coefficient, ids in terms)
+            if isinstance(total, Tensor) and bool(total.any()):
+                found.append(total)
+        return found
 
     def exponents(self, name: str) -> Tensor:
         """The exponent rows ``E`` of a parameter.
