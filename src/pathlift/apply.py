@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,26 +72,22 @@ def rescale_(
 
 
 def _all_or_none(targets: list[tuple[Tensor, Factors, int]], exact: bool) -> None:
+    """Multiply every target; if one fails, take the others back (exactly, or from copies)."""
     undo: list[Callable[[], object]] = []
-    try:
-        with torch.no_grad():
-            for tensor, exponent, power in targets:
-                if exact:
-                    undo.append(
-                        lambda t=tensor, e=exponent, k=power: multiply_(t, e, -k)
-                    )
-                else:
-                    undo.append(lambda t=tensor, old=tensor.clone(): t.copy_(old))
-                try:
-                    multiply_(tensor, exponent, power)
-                except BaseException:
-                    undo.pop()  # one multiplication is done whole or not at all
-                    raise
-    except BaseException:
-        with torch.no_grad():
+    with torch.no_grad():
+        try:
+            for tensor, exponents, power in targets:
+                restore: Callable[[], object] = (
+                    partial(multiply_, tensor, exponents, -power)
+                    if exact
+                    else partial(tensor.copy_, tensor.clone())
+                )
+                multiply_(tensor, exponents, power)
+                undo.append(restore)
+        except BaseException:
             for restore in reversed(undo):
                 restore()
-        raise
+            raise
 
 
 def multiply_(tensor: Tensor, exponents: Factors, power: int = 1) -> None:
@@ -174,9 +171,7 @@ def scale_bounds(
         parameter = parameters[name]
         low, high = exponent_limits(parameter.dtype)
         found = exponent_range(parameter)
-        above = (
-            high // 2 if found is None else max(min(high - 1 - found[1], high // 2), 0)
-        )
+        above = high // 2 if found is None else max(min(high - 1 - found[1], high // 2), 0)
         below = high // 2 if found is None else max(min(found[0] - low, high // 2), 0)
         share = sum(abs(c) for c, _ in spec.terms)
         for coefficient, ids in spec.terms:
@@ -192,12 +187,8 @@ def scale_bounds(
     row, col, c = basis.row, basis.col, basis.data
     both = np.minimum(up, down)
     simple = (weight[row] == 1) & (c == 1)
-    high_side = np.where(
-        simple, up[row], np.floor(both[row] / np.maximum(weight[row], 1))
-    )
-    low_side = np.where(
-        simple, down[row], np.floor(both[row] / np.maximum(weight[row], 1))
-    )
+    high_side = np.where(simple, up[row], np.floor(both[row] / np.maximum(weight[row], 1)))
+    low_side = np.where(simple, down[row], np.floor(both[row] / np.maximum(weight[row], 1)))
     np.minimum.at(upper, col, high_side)
     np.maximum.at(lower, col, -low_side)
     return lower, upper
@@ -213,11 +204,7 @@ def _optimizer_changes(
     for name, parameter, exponents in changes:
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for key, value in state.items():
-            if (
-                not isinstance(value, Tensor)
-                or value.dim() == 0
-                and key in _STATE_POWERS
-            ):
+            if not isinstance(value, Tensor) or value.dim() == 0 and key in _STATE_POWERS:
                 continue
             if key not in _STATE_POWERS or value.shape != parameter.shape:
                 raise ArgumentError(

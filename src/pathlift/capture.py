@@ -127,11 +127,7 @@ def module_path(node: fx.Node) -> str:
 def shape_of(node: fx.Node) -> torch.Size:
     """The shape of the node's output (empty for what is not one tensor)."""
     value = node.meta.get("val")
-    return (
-        torch.Size(int(n) for n in value.shape)
-        if isinstance(value, Tensor)
-        else torch.Size()
-    )
+    return torch.Size(int(n) for n in value.shape) if isinstance(value, Tensor) else torch.Size()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -201,7 +197,7 @@ def check_model(model: object) -> nn.Module:
         )
     parameters, buffers, _ = named_tensors(model)
     for name, tensor in [*parameters.items(), *buffers.items()]:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise CaptureError(
                 f"'{name}' is not initialised: its module is lazy. Run the model once on an "
                 f"example batch, then call again."
@@ -321,9 +317,7 @@ def capture(model: nn.Module, example_inputs: object) -> Program:
     return Program(tuple(graphs), parameters, buffers, aliases, inputs)
 
 
-def _trace(
-    model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]
-) -> Graph:
+def _trace(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]) -> Graph:
     try:
         return _trace_export(model, inputs, mode, aliases)
     except Exception as error:  # whatever export refuses, the fallback may take
@@ -350,20 +344,14 @@ def describe(inputs: Inputs) -> str:
             return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
         return type(value).__name__
 
-    parts = [one(a) for a in inputs.args] + [
-        f"{k}={one(v)}" for k, v in inputs.kwargs.items()
-    ]
+    parts = [one(a) for a in inputs.args] + [f"{k}={one(v)}" for k, v in inputs.kwargs.items()]
     return "[" + ", ".join(parts) + "]"
 
 
-def _trace_export(
-    model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]
-) -> Graph:
+def _trace_export(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]) -> Graph:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(
-            model, inputs.args, inputs.kwargs or None, strict=False
-        )
+        exported = torch.export.export(model, inputs.args, inputs.kwargs or None, strict=False)
         if mutates_aliases(exported.graph_module.graph):
             exported = exported.run_decompositions({})
     signature = exported.graph_signature
@@ -401,9 +389,7 @@ def _trace_export(
     return Graph(tuple(module.graph.nodes), mode, tensors, constants, state - user)
 
 
-def _trace_fx(
-    model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]
-) -> Graph:
+def _trace_fx(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]) -> Graph:
     """Fallback: trace with fake tensors through ``make_fx``, parameters passed as arguments."""
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils import _pytree as pytree
@@ -415,10 +401,7 @@ def _trace_fx(
     def run(state: dict[str, Tensor], leaves: list[Tensor]) -> Any:
         given = iter(leaves)
         args, kwargs = pytree.tree_unflatten(
-            [
-                next(given) if t else leaf
-                for t, leaf in zip(is_tensor, flat, strict=True)
-            ],
+            [next(given) if t else leaf for t, leaf in zip(is_tensor, flat, strict=True)],
             spec,
         )
         out = torch.func.functional_call(model, state, args, kwargs)
@@ -459,20 +442,17 @@ def fold_constants(
             attribute = operator.attrgetter(str(node.target))(module)
             if isinstance(attribute, Tensor):
                 known[node] = attribute.detach()
-        elif node.op == "call_function" and all(
-            n in known for n in node.all_input_nodes
-        ):
-            if _foldable(node):
-                args, kwargs = fx.node.map_arg(
-                    (node.args, node.kwargs), known.__getitem__
-                )
-                # An operation that can't run here (another device, a custom one) stays unfolded.
-                with suppress(Exception), torch.no_grad():
-                    known[node] = node.target(*args, **kwargs)
+        elif _foldable(node) and all(n in known for n in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            # An operation that can't run here (another device, a custom one) stays unfolded.
+            with suppress(Exception), torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
     return known
 
 
 def _foldable(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
     if node.target is operator.getitem:
         return True
     meta = node.meta.get("val")

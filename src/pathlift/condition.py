@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pathlift.apply import rescale_, scale_bounds
@@ -81,7 +82,7 @@ def condition_(
     with _timed(seconds, "solve"):
         problem = assembled.problem
         solution = solve(problem, solver, tol)
-        scales = solution.log2_scales
+        scales: NDArray[Any] = solution.log2_scales
         if exact:
             scales = round_scales(problem, scales)
         before = assembled.imbalance(objective(problem, np.zeros(group.num_scales)))
@@ -125,9 +126,7 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def _check_arguments(
-    exact: object, optimizer: object, tol: object, verify: object
-) -> None:
+def _check_arguments(exact: object, optimizer: object, tol: object, verify: object) -> None:
     for name, flag in (("exact", exact), ("verify", verify)):
         if not isinstance(flag, bool):
             raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
@@ -135,8 +134,7 @@ def _check_arguments(
         raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentError(
-            f"optimizer must be a torch.optim.Optimizer or None; found "
-            f"{type(optimizer).__name__}."
+            f"optimizer must be a torch.optim.Optimizer or None; found {type(optimizer).__name__}."
         )
 
 

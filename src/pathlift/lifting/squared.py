@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from pathlift.capture import Graph, Program, in_place, module_path, operation, shape_of
+from pathlift.capture import Program, in_place, module_path, operation, shape_of
 from pathlift.errors import UnsupportedOperationError
 
 
@@ -141,9 +141,9 @@ def lifted_pass(
         if q.is_floating_point():
             units[name] = _unit_exponent(q)
             scaled = q.detach().to("cpu", dtype) * 2.0 ** -units[name]
-            parameters[name] = (
-                scaled.square() if p == 2 else scaled.abs() ** p
-            ).requires_grad_(torch.is_grad_enabled())
+            parameters[name] = (scaled.square() if p == 2 else scaled.abs() ** p).requires_grad_(
+                torch.is_grad_enabled()
+            )
     context = _Context(p, strict, dtype)
     env: dict[fx.Node, Any] = {}
     batch: set[int] = set()
@@ -152,7 +152,7 @@ def lifted_pass(
         if node in graph.constants:
             env[node] = graph.constants[node]
         elif node.op == "placeholder":
-            name = graph.tensors.get(node.name)
+            name = graph.tensors.get(node.name, "")
             if name in parameters:
                 env[node] = Lifted(parameters[name], p * units[name])
             elif isinstance(node.meta.get("val"), Tensor):
@@ -170,9 +170,7 @@ def lifted_pass(
             "operations; there are no paths. Check that forward returns floating-point tensors."
         )
     top = max(o.shift for o in outputs)
-    total = torch.stack(
-        [o.tensor.sum() * 2.0 ** max(o.shift - top, -1000) for o in outputs]
-    ).sum()
+    total = torch.stack([o.tensor.sum() * 2.0 ** max(o.shift - top, -1000) for o in outputs]).sum()
     for out in outputs:
         batch.add(out.tensor.shape[0] if out.tensor.dim() > 1 else -1)
     if len(batch) == 1 and -1 not in batch:
@@ -202,9 +200,7 @@ def diagonal(
                 result.total, [result.parameters[n] for n in names], allow_unused=True
             )
     found = {
-        n: torch.zeros_like(result.parameters[n])
-        if g is None
-        else _rescaled(g, result.units[n])
+        n: torch.zeros_like(result.parameters[n]) if g is None else _rescaled(g, result.units[n])
         for n, g in zip(names, grads, strict=True)
     }
     return found, result.shift, result.approximated
@@ -227,7 +223,7 @@ def _rescaled(g: Tensor, unit: int) -> Tensor:
 
 
 def _call(context: _Context, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    args = fx.node.map_arg(node.args, lambda n: env.get(n))
+    args: Any = fx.node.map_arg(node.args, lambda n: env.get(n))
     kwargs = fx.node.map_arg(node.kwargs, lambda n: env.get(n))
     name = operation(node)
     if name == "getitem":
@@ -266,15 +262,11 @@ def _per_sample(
 
     def cut(value: Any) -> Any:
         if isinstance(value, Lifted):
-            return value.map(
-                lambda t: t[:1] if t.dim() == rank and t.shape[0] == size else t
-            )
+            return value.map(lambda t: t[:1] if t.dim() == rank and t.shape[0] == size else t)
         return value
 
     lifted = [v for v in _leaves(args) if isinstance(v, Lifted)]
-    full = [
-        v.tensor for v in lifted if v.tensor.dim() == rank and v.tensor.shape[0] == size
-    ]
+    full = [v.tensor for v in lifted if v.tensor.dim() == rank and v.tensor.shape[0] == size]
     constants = [v for v in _leaves(args) if isinstance(v, Tensor)]
     if not isinstance(args[0], Lifted) or args[0].tensor.dim() != rank:
         return function(context, *args, **kwargs)
@@ -282,12 +274,6 @@ def _per_sample(
         not full
         or any(t.stride(0) != 0 for t in full)
         or any(c.dim() == rank and c.shape[0] == size for c in constants)
-        or any(
-            t is p
-            for t in full
-            for p in lifted[1:]
-            if p.tensor.is_leaf and p is not args[0]
-        )
     ):
         return function(context, *args, **kwargs)
     out = function(context, *(cut(a) for a in args), **kwargs)
@@ -301,14 +287,16 @@ def _per_sample(
 
 
 _SAMPLEWISE = frozenset(
-    "linear conv1d conv2d conv3d batch_norm max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d "
-    "avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add sub".split()
+    ["linear", "batch_norm", "add", "sub"]
+    + [
+        f"{name}{n}d"
+        for name in ("conv", "max_pool", "avg_pool", "adaptive_avg_pool")
+        for n in (1, 2, 3)
+    ]
 )
 
 _EXPECTATION: dict[str, Callable[[Any], float]] = {
-    "bernoulli": lambda args: (
-        float(args[1]) if len(args) > 1 and args[1] is not None else 1.0
-    ),
+    "bernoulli": lambda args: float(args[1]) if len(args) > 1 and args[1] is not None else 1.0,
     "rand": lambda args: 0.5,
     "rand_like": lambda args: 0.5,
     "randn": lambda args: 0.0,
@@ -354,17 +342,13 @@ def _stand_in(context: _Context, node: fx.Node, values: list[Any]) -> Lifted:
     return source.map(lambda t: t.mean().expand(shape))
 
 
-def _aligned(context: _Context, values: Sequence[Any]) -> tuple[list[Tensor], int]:
+def _aligned(context: _Context, values: Sequence[Any]) -> tuple[list[Tensor], float]:
     """Tensors over one common shift."""
     lifted = [context.lifted(v) for v in values]
-    live = [
-        v.shift for v in lifted if v.tensor.numel() and bool(v.tensor.detach().any())
-    ]
+    live = [v.shift for v in lifted if v.tensor.numel() and bool(v.tensor.detach().any())]
     top = max(live, default=0)
     return [
-        v.tensor
-        if v.shift == top
-        else v.tensor * 2.0 ** max(min(v.shift - top, 0), -1000)
+        v.tensor if v.shift == top else v.tensor * 2.0 ** max(min(v.shift - top, 0), -1000)
         for v in lifted
     ], top
 
@@ -383,19 +367,13 @@ def _plus(c: _Context, x: Lifted, b: Any, shape: Sequence[int] | None = None) ->
     if b is None:
         return x
     (left, right), shift = _aligned(c, (x, b))
-    return Lifted(
-        left + (right if shape is None else right.reshape(tuple(shape))), shift
-    )
+    return Lifted(left + (right if shape is None else right.reshape(tuple(shape))), shift)
 
 
 def _conv(function: Callable[..., Tensor], spatial: int) -> Callable[..., Lifted]:
-    def run(
-        c: _Context, x: Any, w: Any, b: Any = None, *args: Any, **kwargs: Any
-    ) -> Lifted:
+    def run(c: _Context, x: Any, w: Any, b: Any = None, *args: Any, **kwargs: Any) -> Lifted:
         x, w = c.lifted(x), c.lifted(w)
-        out = Lifted(
-            function(x.tensor, w.tensor, None, *args, **kwargs), x.shift + w.shift
-        )
+        out = Lifted(function(x.tensor, w.tensor, None, *args, **kwargs), x.shift + w.shift)
         return _plus(c, out, b, (-1,) + (1,) * spatial).normalised()
 
     return run
@@ -433,9 +411,7 @@ def _convolution(
         groups,
     )
     spatial = w.tensor.dim() - 2
-    return _plus(
-        c, Lifted(out, x.shift + w.shift), b, (-1,) + (1,) * spatial
-    ).normalised()
+    return _plus(c, Lifted(out, x.shift + w.shift), b, (-1,) + (1,) * spatial).normalised()
 
 
 @lift("embedding")
@@ -454,9 +430,7 @@ def _matmul(c: _Context, x: Any, y: Any) -> Lifted:
 
 
 @lift("addmm", "baddbmm")
-def _addmm(
-    c: _Context, b: Any, x: Any, y: Any, beta: float = 1, alpha: float = 1
-) -> Lifted:
+def _addmm(c: _Context, b: Any, x: Any, y: Any, beta: float = 1, alpha: float = 1) -> Lifted:
     out = _matmul(c, x, y).map(lambda t: t * c.coefficient(alpha))
     return _plus(c, out, c.lifted(b).map(lambda t: t * c.coefficient(beta)))
 
@@ -535,12 +509,7 @@ def _div(c: _Context, x: Any, y: Any, **_: Any) -> Lifted:
 
 @lift("pow")
 def _pow(c: _Context, x: Any, n: Any) -> Lifted:
-    if (
-        not isinstance(x, Lifted)
-        or isinstance(n, (Lifted, Tensor))
-        or n != int(n)
-        or n < 1
-    ):
+    if not isinstance(x, Lifted) or isinstance(n, (Lifted, Tensor)) or n != int(n) or n < 1:
         c.approximate()
         return c.lifted(x)
     return Lifted(x.tensor ** int(n), x.shift * int(n)).normalised()
@@ -577,11 +546,7 @@ def _batch_norm(
         out = _rescaled_to_one(x, tuple(range(2, x.tensor.dim())))
         out = _affine(c, out, w, b, 1)
     else:
-        eps = float(
-            rest[-2]
-            if operation(c.node) in ("batch_norm", "instance_norm")
-            else rest[-1]
-        )
+        eps = float(rest[-2] if operation(c.node) in ("batch_norm", "instance_norm") else rest[-1])
         view = (-1,) + (1,) * (x.tensor.dim() - 2)
         sigma = (var.to("cpu", torch.float64) + eps).sqrt().to(c.dtype)
         (left, right), shift = _aligned(c, (x, mean))
@@ -616,9 +581,7 @@ def _layer_norm(
     bias = b if isinstance(b, (Lifted, Tensor)) else None
     dims = tuple(range(x.tensor.dim() - len(shape), x.tensor.dim()))
     out = _affine(c, _rescaled_to_one(x, dims), w, bias, 0).normalised()
-    return (
-        [out, None, None] if isinstance(c.node.meta.get("val"), (list, tuple)) else out
-    )
+    return [out, None, None] if isinstance(c.node.meta.get("val"), (list, tuple)) else out
 
 
 @lift("group_norm")
@@ -703,18 +666,14 @@ def _pools(n: int) -> None:
         size = _tuple(size, n)
         stride = _tuple(stride, n) if stride else size
         padding = _tuple(padding, n)
-        total = x.map(
-            lambda t: _window_sum(t, size, stride, padding, (1,) * n, _target(c, n))
-        )
+        total = x.map(lambda t: _window_sum(t, size, stride, padding, (1,) * n, _target(c, n)))
         ones = torch.ones((1, 1, *x.tensor.shape[-n:]), dtype=c.dtype)
         # Each output position has one coefficient 1 / divisor; read it off the operation itself.
         extra = [divisor_override] if divisor_override is not None else []
         pool = getattr(F, f"avg_pool{n}d")
         mean = pool(ones, size, stride, padding, ceil_mode, count_include_pad, *extra)
         count = _window_sum(ones, size, stride, padding, (1,) * n, _target(c, n))
-        return total.map(
-            lambda t: t * (mean / count).reshape(_target(c, n)) ** c.p
-        ).normalised()
+        return total.map(lambda t: t * (mean / count).reshape(_target(c, n)) ** c.p).normalised()
 
     def adaptive(averaged: bool) -> Callable[..., Any]:
         def run(c: _Context, x: Lifted, size: Any) -> Any:
@@ -763,34 +722,23 @@ def _resample_unit(c: _Context, x: Lifted, *args: Any, **kwargs: Any) -> Lifted:
 
 
 @lift("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d")
-def _resample_linear(
-    c: _Context, x: Lifted, size: Any, align: bool, *scales: Any
-) -> Lifted:
+def _resample_linear(c: _Context, x: Lifted, size: Any, align: bool, *scales: Any) -> Lifted:
     """Separable interpolation: one matrix of coefficients per dimension, raised to p."""
     n = {"1d": 1, "2d": 2, "3d": 3}[operation(c.node)[-2:]]
     target = _target(c, n)
-    factors = (
-        list(scales[0])
-        if scales and isinstance(scales[0], (list, tuple))
-        else list(scales)
-    )
+    factors = list(scales[0]) if scales and isinstance(scales[0], (list, tuple)) else list(scales)
     factors += [None] * (n - len(factors))
     out = x.tensor
     for d in range(n):
         axis = out.dim() - n + d
         eye = torch.eye(out.shape[axis], dtype=c.dtype)[None]
-        matrix = (
-            torch.ops.aten.upsample_linear1d(eye, [target[d]], align, factors[d])[0]
-            ** c.p
-        )
+        matrix = torch.ops.aten.upsample_linear1d(eye, [target[d]], align, factors[d])[0] ** c.p
         out = torch.movedim(torch.movedim(out, axis, -1) @ matrix, -1, axis)
     return Lifted(out, x.shift)
 
 
 @lift("mean", "sum", "amax", "max")
-def _reduce(
-    c: _Context, x: Lifted, dim: Any = None, keepdim: bool = False, **_: Any
-) -> Any:
+def _reduce(c: _Context, x: Lifted, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
     if isinstance(dim, (Lifted, Tensor)):
         return _add(c, x, dim)
     dims = list(range(x.tensor.dim())) if dim is None or dim == [] else dim
@@ -892,11 +840,7 @@ def _cat(c: _Context, tensors: Sequence[Any], dim: int = 0) -> Lifted:
 
 @lift("masked_fill")
 def _masked_fill(c: _Context, x: Any, mask: Any, value: Any) -> Lifted:
-    keep = (
-        mask
-        if isinstance(mask, Tensor)
-        else torch.zeros(shape_of(c.node), dtype=torch.bool)
-    )
+    keep = mask if isinstance(mask, Tensor) else torch.zeros(shape_of(c.node), dtype=torch.bool)
     return c.lifted(x).map(lambda t: t.masked_fill(keep, 0.0))
 
 
@@ -908,9 +852,7 @@ def _where(c: _Context, mask: Any, x: Any, y: Any) -> Lifted:
 
 
 @lift("scaled_dot_product_attention")
-def _attention(
-    c: _Context, q: Lifted, k: Lifted, v: Lifted, *_: Any, **__: Any
-) -> Lifted:
+def _attention(c: _Context, q: Lifted, k: Lifted, v: Lifted, *_: Any, **__: Any) -> Lifted:
     """Stand-in: uniform attention weights times the products that enter the softmax."""
     c.approximate()
     q, k, v = (c.lifted(t) for t in (q, k, v))

@@ -55,11 +55,7 @@ class Equations:
                     (
                         np.array([self._representative[v] for v in variables[-1:]]),
                         np.array(
-                            [
-                                self._representative[variables[0]]
-                                if len(variables) == 2
-                                else 0
-                            ]
+                            [self._representative[variables[0]] if len(variables) == 2 else 0]
                         ),
                     )
                 )
@@ -87,9 +83,7 @@ class Equations:
             right = np.concatenate([b for _, b in self.pairs])
         else:
             left = right = np.zeros(0, dtype=np.int64)
-        graph = sp.coo_array(
-            (np.ones(len(left), dtype=np.int8), (left, right)), (self.size,) * 2
-        )
+        graph = sp.coo_array((np.ones(len(left), dtype=np.int8), (left, right)), (self.size,) * 2)
         _, labels = connected_components(graph.tocsr(), directed=False)
         labels = labels.astype(np.int64)
         self._representative = np.zeros(int(labels.max()) + 1, dtype=np.int64)

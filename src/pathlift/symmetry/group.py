@@ -66,13 +66,9 @@ class RescalingGroup:
     parameters: dict[str, ParameterScales]
     unsupported: dict[str, int] = field(default_factory=dict)
 
-    def variables(
-        self, log2_scales: Tensor | NDArray[np.generic]
-    ) -> NDArray[np.float64]:
+    def variables(self, log2_scales: Tensor | NDArray[np.generic]) -> NDArray[np.float64]:
         """Log2 scale of every variable, float64, shape (variables,)."""
-        scales = np.asarray(
-            torch.as_tensor(log2_scales).detach().cpu(), dtype=np.float64
-        )
+        scales = np.asarray(torch.as_tensor(log2_scales).detach().cpu(), dtype=np.float64)
         if scales.shape != (self.num_scales,):
             raise ArgumentError(
                 f"log2_scales has shape {tuple(scales.shape)}; this group has {self.num_scales} "
@@ -85,9 +81,7 @@ class RescalingGroup:
             )
         return np.asarray(self.basis @ scales)
 
-    def parameter_exponents(
-        self, name: str, variables: NDArray[np.float64]
-    ) -> list[Tensor]:
+    def parameter_exponents(self, name: str, variables: NDArray[np.float64]) -> list[Tensor]:
         """Log2 factors of a parameter: small float64 tensors whose broadcast sum is ``E s``.
 
         One per group of axes (rows, columns), zero ones left out.
@@ -137,15 +131,11 @@ class RescalingGroup:
         for name, spec in self.parameters.items():
             shape = "x".join(map(str, spec.shape)) or "scalar"
             if not spec.terms:
-                lines.append(
-                    f"  {name:<{width}}  {shape:<16} pinned: {spec.why_pinned}"
-                )
+                lines.append(f"  {name:<{width}}  {shape:<16} pinned: {spec.why_pinned}")
                 continue
             parts = []
             for axes, terms in spec.components():
-                count = len(
-                    np.unique(np.concatenate([ids.numpy().ravel() for _, ids in terms]))
-                )
+                count = len(np.unique(np.concatenate([ids.numpy().ravel() for _, ids in terms])))
                 role = " and ".join(f"dim {d}" for d in axes) or "all entries"
                 parts.append(f"{role}: {count} scales")
             lines.append(f"  {name:<{width}}  {shape:<16} " + "; ".join(parts))
@@ -193,9 +183,7 @@ def infer_group(program: Program) -> RescalingGroup:
         if leaf.form is not None:
             for coefficient, ids in leaf.form.terms:
                 small = table[collapse(ids)]
-                if bool(
-                    (small == small.flatten()[:1]).all() if small.numel() else True
-                ):
+                if bool((small == small.flatten()[:1]).all() if small.numel() else True):
                     small = small.flatten()[:1].reshape((1,) * small.dim())
                 if small.numel() and bool(small.any()):
                     terms.append((coefficient, small))
@@ -226,9 +214,7 @@ def _reason(leaf: object, pinned: bool) -> str | None:
     if why:
         return str(why)
     uses = getattr(leaf, "uses", [])
-    return (
-        f"its scales are pinned around {uses[0]}" if uses else "not used by the model"
-    )
+    return f"its scales are pinned around {uses[0]}" if uses else "not used by the model"
 
 
 def _distinct_rows(solution: sp.csr_array) -> tuple[NDArray[np.int64], sp.csr_array]:
@@ -272,7 +258,7 @@ def spanning_rows(spec: ParameterScales, basis: sp.csr_array) -> sp.csr_array:
     components = spec.components()
     corners = []
     blocks = []
-    for axes, terms in components:
+    for _, terms in components:
         shape = torch.broadcast_shapes(*(ids.shape for _, ids in terms))
         total = None
         for coefficient, ids in terms:
@@ -294,41 +280,27 @@ def spanning_rows(spec: ParameterScales, basis: sp.csr_array) -> sp.csr_array:
     return sp.csr_array(sp.vstack(rows)) if rows else sp.csr_array((0, basis.shape[1]))
 
 
-def _restrict_to_effect(
-    basis: sp.csr_array, specs: dict[str, ParameterScales]
-) -> sp.csr_array:
+def _restrict_to_effect(basis: sp.csr_array, specs: dict[str, ParameterScales]) -> sp.csr_array:
     """Drop free scales (and combinations of them) that change no parameter."""
     count = basis.shape[1]
     blocks = [spanning_rows(spec, basis) for spec in specs.values() if spec.terms]
-    rows = (
-        sp.csr_array(sp.vstack(blocks))
-        if blocks
-        else sp.csr_array((0, count), dtype=np.int64)
-    )
+    rows = sp.csr_array(sp.vstack(blocks)) if blocks else sp.csr_array((0, count), dtype=np.int64)
     rows.sum_duplicates()
     rows.eliminate_zeros()
     rows.sort_indices()
     lengths = np.diff(rows.indptr)
     sums = np.asarray(rows.sum(axis=1)).ravel()
-    largest = (
-        np.asarray(abs(rows).max(axis=1).todense()).ravel()
-        if rows.shape[0]
-        else lengths
-    )
+    largest = np.asarray(abs(rows).max(axis=1).todense()).ravel() if rows.shape[0] else lengths
     simple = (largest <= 1) & ((lengths <= 1) | ((lengths == 2) & (sums == 0)))
     if bool(simple.all()):
         # Rows +-a or a - b: a combination without effect is a component not joined to zero.
         start = rows.indptr[:-1]
         one, two = lengths == 1, lengths == 2
-        left = np.concatenate(
-            [rows.indices[start[one]] + 1, rows.indices[start[two]] + 1]
-        )
+        left = np.concatenate([rows.indices[start[one]] + 1, rows.indices[start[two]] + 1])
         right = np.concatenate(
             [np.zeros(int(one.sum()), dtype=np.int64), rows.indices[start[two] + 1] + 1]
         )
-        graph = sp.coo_array(
-            (np.ones(len(left)), (left, right)), (count + 1, count + 1)
-        )
+        graph = sp.coo_array((np.ones(len(left)), (left, right)), (count + 1, count + 1))
         _, labels = connected_components(graph.tocsr(), directed=False)
         _, first = np.unique(labels, return_index=True)
         useless = {int(i) - 1 for i in first if i > 0}
@@ -341,9 +313,7 @@ def _restrict_to_effect(
         solved = eliminate([{v: int(c) for v, c in row} for row in unique])
         useless = {v for v in range(count) if v not in solved}
     keep = np.array([v for v in range(count) if v not in useless], dtype=np.int64)
-    return (
-        sp.csr_array(basis[:, keep]) if len(keep) else sp.csr_array((basis.shape[0], 0))
-    )
+    return sp.csr_array(basis[:, keep]) if len(keep) else sp.csr_array((basis.shape[0], 0))
 
 
 def count_operations(unsupported: Counter[str]) -> dict[str, int]:

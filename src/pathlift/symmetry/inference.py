@@ -89,7 +89,7 @@ class Inference:
         return self.fixed(shape_of(node))
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        args = fx.node.map_arg(node.args, lambda n: env.get(n))
+        args: Any = fx.node.map_arg(node.args, lambda n: env.get(n))
         kwargs = fx.node.map_arg(node.kwargs, lambda n: env.get(n))
         name = operation(node)
         if name == "getitem":
@@ -99,22 +99,20 @@ class Inference:
         function = RULES.get(name)
         result: Any
         if function is None:
-            result = self.pin_all(name, values)
+            self.pin_all(name, values)
+            result = None
         else:
             try:
                 result = function(self, node, *args, **kwargs)
             except _Refused:
-                result = self.pin_all(name, values)
+                self.pin_all(name, values)
+                result = None
         return self._outputs(node, result)
 
     def _outputs(self, node: fx.Node, result: Any) -> Any:
         meta = node.meta.get("val")
         if isinstance(meta, (list, tuple)):
-            given = (
-                list(result)
-                if isinstance(result, (list, tuple))
-                else [None] * len(meta)
-            )
+            given = list(result) if isinstance(result, (list, tuple)) else [None] * len(meta)
             given += [None] * (len(meta) - len(given))
             return [
                 self._output(r, m.shape if isinstance(m, Tensor) else torch.Size())
@@ -126,9 +124,7 @@ class Inference:
         if isinstance(result, Value):
             return result
         if isinstance(result, Form):
-            return Value(
-                shape, result if result.shape == shape else result.expand(shape)
-            )
+            return Value(shape, result if result.shape == shape else result.expand(shape))
         return self.fixed(shape)
 
     # ------------------------------------------------------- making values
@@ -141,11 +137,7 @@ class Inference:
     def constant(self, tensor: Tensor) -> Value:
         """A tensor that is known and never rescaled."""
         tensor = tensor.detach()
-        zero = (
-            tensor.numel() > 0
-            and tensor.numel() <= 1_000_000
-            and not bool(tensor.any())
-        )
+        zero = tensor.numel() > 0 and tensor.numel() <= 1_000_000 and not bool(tensor.any())
         return Value(tensor.shape, Form(tensor.shape), constant=tensor, zero=zero)
 
     def fixed(self, shape: Sequence[int]) -> Value:
@@ -249,9 +241,7 @@ class Inference:
         origin = []
         for group in groups:
             here = [terms[k] for k in group]
-            corner = [
-                (c, ids.flatten()[:1].reshape((1,) * ids.dim())) for c, ids in here
-            ]
+            corner = [(c, ids.flatten()[:1].reshape((1,) * ids.dim())) for c, ids in here]
             origin += corner
             if any(ids.numel() > 1 for _, ids in here):
                 self._add(here + [(-c, ids) for c, ids in corner])
@@ -266,17 +256,9 @@ class Inference:
 
     def pin(self, value: Value | None, why: str | None = None) -> None:
         """Every element of ``value`` has scale 0."""
-        if (
-            value is None
-            or (value.form is not None and value.form.pinned)
-            or value.zero
-        ):
+        if value is None or (value.form is not None and value.form.pinned) or value.zero:
             return
-        if (
-            value.leaf is not None
-            and value.form is None
-            and value.leaf.why_pinned is None
-        ):
+        if value.leaf is not None and value.form is None and value.leaf.why_pinned is None:
             value.leaf.why_pinned = why
         if self.is_new(value):
             self.bind(value, Form(value.shape))
@@ -297,9 +279,7 @@ class Inference:
         if value.zero:
             return self.fresh([1] * len(value.shape)).expand(value.shape)
         if form.pinned:
-            return torch.zeros((1,) * len(form.shape), dtype=torch.int64).expand(
-                form.shape
-            )
+            return torch.zeros((1,) * len(form.shape), dtype=torch.int64).expand(form.shape)
         if len(form.terms) == 1 and form.terms[0][0] == 1:
             return form.terms[0][1]
         dims = sorted(frozenset().union(*(varying(ids) for _, ids in form.terms)))

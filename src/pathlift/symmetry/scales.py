@@ -18,9 +18,7 @@ from torch import Tensor
 
 def varying(ids: Tensor) -> frozenset[int]:
     """The dimensions along which ``ids`` may vary (size above 1 and not expanded)."""
-    return frozenset(
-        d for d in range(ids.dim()) if ids.size(d) > 1 and ids.stride(d) != 0
-    )
+    return frozenset(d for d in range(ids.dim()) if ids.size(d) > 1 and ids.stride(d) != 0)
 
 
 def collapse(ids: Tensor) -> Tensor:
@@ -41,7 +39,7 @@ def compact(ids: Tensor) -> Tensor:
     if ids.numel() == 0:
         return ids
     small = collapse(ids)
-    for d in sorted(varying(small), key=lambda d: -small.size(d)):
+    for d in sorted(varying(small), key=lambda d: -int(ids.size(d))):
         first = small.narrow(d, 0, 1)
         if torch.equal(small.narrow(d, 1, 1), first) and bool((small == first).all()):
             small = first
@@ -62,15 +60,11 @@ class Form:
 
     def map(self, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Form:
         """Apply a shape operation to the ids of every term."""
-        return Form(
-            torch.Size(shape), tuple((c, function(ids)) for c, ids in self.terms)
-        )
+        return Form(torch.Size(shape), tuple((c, function(ids)) for c, ids in self.terms))
 
     def scaled(self, factor: int) -> Form:
         """``factor`` times this form (the scale of an integer power)."""
-        return Form(
-            self.shape, tuple((c * factor, ids) for c, ids in self.terms if factor)
-        )
+        return Form(self.shape, tuple((c * factor, ids) for c, ids in self.terms if factor))
 
     def expand(self, shape: Sequence[int]) -> Form:
         """Broadcast to ``shape``."""
@@ -80,9 +74,7 @@ class Form:
         """The slice at index 0 of ``dims`` (kept with size 1)."""
         dims = {d % max(len(self.shape), 1) for d in dims}
         shape = [1 if d in dims else n for d, n in enumerate(self.shape)]
-        index = tuple(
-            slice(0, 1) if d in dims else slice(None) for d in range(len(self.shape))
-        )
+        index = tuple(slice(0, 1) if d in dims else slice(None) for d in range(len(self.shape)))
         return self.map(lambda ids: ids[index], shape)
 
 

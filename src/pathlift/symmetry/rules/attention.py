@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from pathlift.symmetry.inference import Inference, Result, refuse, rule, shape_of
+from pathlift.capture import shape_of
+from pathlift.symmetry.inference import Inference, Result, refuse, rule
 from pathlift.symmetry.scales import Value, add_forms
 
 
@@ -29,11 +30,7 @@ def attention(
         inf.pin(mask, "attention mask")
     batch = q.shape[:-2]
     grid = (*batch, q.shape[-2], k.shape[-2], q.shape[-1])
-    left = inf.form(q).map(
-        lambda t: t.unsqueeze(-2), (*batch, q.shape[-2], 1, q.shape[-1])
-    )
-    right = inf.form(k).map(
-        lambda t: t.unsqueeze(-3), (*batch, 1, k.shape[-2], k.shape[-1])
-    )
+    left = inf.form(q).map(lambda t: t.unsqueeze(-2), (*batch, q.shape[-2], 1, q.shape[-1]))
+    right = inf.form(k).map(lambda t: t.unsqueeze(-3), (*batch, 1, k.shape[-2], k.shape[-1]))
     inf.zero(add_forms(left.expand(grid), right.expand(grid)))
     return inf.tie(inf.form(v), [len(v.shape) - 2]).expand(shape_of(node))

@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import fx
 
-from pathlift.symmetry.inference import Inference, Result, rule, shape_of
+from pathlift.capture import shape_of
+from pathlift.symmetry.inference import Inference, Result, rule
 from pathlift.symmetry.scales import Form, Value, add_forms
 
 
 @rule("linear")
-def linear(
-    inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None = None
-) -> Result:
+def linear(inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None = None) -> Result:
     """``y[..., o] = sum_i w[o, i] x[..., i] + b[o]``."""
     channels = _channels(inf, x, len(x.shape) - 1)
     out = inf.fresh((w.shape[0],))
@@ -104,9 +103,7 @@ def _convolve(
         rows = out.reshape(count, 1)
         cols = channels.map(
             lambda t: (
-                t.reshape(groups, 1, inside)
-                .expand(groups, outside, inside)
-                .reshape(count, inside)
+                t.reshape(groups, 1, inside).expand(groups, outside, inside).reshape(count, inside)
             ),
             (count, inside),
         )
@@ -124,9 +121,7 @@ def _convolve(
 
 
 @rule("embedding")
-def embedding(
-    inf: Inference, node: fx.Node, w: Value, index: Value, *_: Any, **__: Any
-) -> Result:
+def embedding(inf: Inference, node: fx.Node, w: Value, index: Value, *_: Any, **__: Any) -> Result:
     """A linear map of one-hot vectors: fresh scales per embedding dimension."""
     if not inf.is_new(w) and w.constant is not None:
         return inf.fixed(shape_of(node))
@@ -137,9 +132,7 @@ def embedding(
 
 
 @rule("addmm")
-def addmm(
-    inf: Inference, node: fx.Node, b: Value, x: Value, w: Value, **factors: Any
-) -> Result:
+def addmm(inf: Inference, node: fx.Node, b: Value, x: Value, w: Value, **factors: Any) -> Result:
     """``b + x @ w``."""
     return inf_matmul(inf, node, x, w, b)
 
@@ -151,24 +144,18 @@ def matmul(inf: Inference, node: fx.Node, x: Value, w: Value) -> Result:
 
 
 @rule("baddbmm")
-def baddbmm(
-    inf: Inference, node: fx.Node, b: Value, x: Value, w: Value, **_: Any
-) -> Result:
+def baddbmm(inf: Inference, node: fx.Node, b: Value, x: Value, w: Value, **_: Any) -> Result:
     """``b + x @ w``, batched."""
     return inf_matmul(inf, node, x, w, b)
 
 
-def inf_matmul(
-    inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None
-) -> Result:
+def inf_matmul(inf: Inference, node: fx.Node, x: Value, w: Value, b: Value | None) -> Result:
     """``y[m, n] = sum_k x[m, k] w[k, n]``: ``s(x[m, k]) + s(w[k, n])`` is the same for all k."""
     shape = shape_of(node)
     if inf.is_new(w) and len(w.shape) == 2:
         channels = _channels(inf, x, len(x.shape) - 1)
         out = inf.fresh((w.shape[1],))
-        _bind(
-            inf, w, out[None, :], channels.map(lambda t: t[:, None], (x.shape[-1], 1))
-        )
+        _bind(inf, w, out[None, :], channels.map(lambda t: t[:, None], (x.shape[-1], 1)))
         form = Form(shape, ((1, out.expand(shape)),))
     else:
         a, c = inf.form(x), inf.form(w)
@@ -176,22 +163,16 @@ def inf_matmul(
         cols = c if len(c.shape) > 1 else c.map(lambda t: t[:, None], (*c.shape, 1))
         batch = tuple(_broadcast(rows.shape[:-2], cols.shape[:-2]))
         grid = (*batch, rows.shape[-2], cols.shape[-1], rows.shape[-1])
-        left = rows.map(
-            lambda t: t.unsqueeze(-2), (*rows.shape[:-1], 1, rows.shape[-1])
-        )
+        left = rows.map(lambda t: t.unsqueeze(-2), (*rows.shape[:-1], 1, rows.shape[-1]))
         right = cols.map(
             lambda t: t.transpose(-1, -2).unsqueeze(-3),
             (*cols.shape[:-2], 1, cols.shape[-1], cols.shape[-2]),
         )
-        tied = inf.tie(
-            add_forms(left.expand(grid), right.expand(grid)), [len(grid) - 1]
-        )
+        tied = inf.tie(add_forms(left.expand(grid), right.expand(grid)), [len(grid) - 1])
         form = tied.map(lambda t: t.squeeze(-1).reshape(shape), shape)
     if b is not None:
         if inf.is_new(b):
-            first = inf.tie(
-                form, [d for d in range(len(shape)) if _broadcasts(b, shape, d)]
-            )
+            first = inf.tie(form, [d for d in range(len(shape)) if _broadcasts(b, shape, d)])
             inf.bind(b, first.map(lambda t: t.reshape(b.shape), b.shape))
         else:
             inf.equate(form, inf.form(b))

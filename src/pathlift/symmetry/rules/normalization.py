@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from pathlift.symmetry.inference import Inference, Result, rule, shape_of
+from pathlift.capture import shape_of
+from pathlift.symmetry.inference import Inference, Result, rule
 from pathlift.symmetry.scales import Form, Value
 
 
@@ -74,9 +75,7 @@ def group_norm(
     **__: Any,
 ) -> Result:
     """Affine per channel (dimension 1)."""
-    if not isinstance(
-        groups, int
-    ):  # native_group_norm(x, weight, bias, N, C, HxW, group, eps)
+    if not isinstance(groups, int):  # native_group_norm(x, weight, bias, N, C, HxW, group, eps)
         weight, bias = groups, weight
     return _affine(inf, node, x, weight, bias, [1])
 
@@ -94,6 +93,4 @@ def layer_norm(
 ) -> Result:
     """Affine per entry of the normalised (last) dimensions."""
     axes = range(len(x.shape) - len(shape), len(x.shape))
-    return _affine(
-        inf, node, x, weight, bias if isinstance(bias, Value) else None, list(axes)
-    )
+    return _affine(inf, node, x, weight, bias if isinstance(bias, Value) else None, list(axes))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from pathlift.symmetry.inference import Inference, Result, refuse, rule, shape_of
+from pathlift.capture import shape_of
+from pathlift.symmetry.inference import Inference, Result, refuse, rule
 from pathlift.symmetry.scales import Form, Value
 
 
@@ -53,9 +54,7 @@ def prelu(inf: Inference, node: fx.Node, x: Value, slope: Value) -> Result:
 
 
 @rule("threshold", "clamp_min")
-def clamp_min(
-    inf: Inference, node: fx.Node, x: Value, low: Any, value: Any = 0
-) -> Result:
+def clamp_min(inf: Inference, node: fx.Node, x: Value, low: Any, value: Any = 0) -> Result:
     """``max(x, 0)`` is a ReLU; any other threshold is not homogeneous."""
     if isinstance(low, Value) or low != 0 or value != 0:
         refuse()
@@ -63,14 +62,9 @@ def clamp_min(
 
 
 @rule("clamp", "hardtanh")
-def clamp(
-    inf: Inference, node: fx.Node, x: Value, low: Any = None, high: Any = None
-) -> Result:
+def clamp(inf: Inference, node: fx.Node, x: Value, low: Any = None, high: Any = None) -> Result:
     """Homogeneous for bounds 0 and infinity."""
-    if (
-        any(bound is not None and bound != 0 for bound in (low, high))
-        or node.target is None
-    ):
+    if any(bound is not None and bound != 0 for bound in (low, high)) or node.target is None:
         refuse()
     if "hardtanh" in str(node.target):
         refuse()
@@ -140,8 +134,6 @@ def _bind_broadcast(inf: Inference, parameter: Value, form: Form) -> None:
 def constant_like(inf: Inference, node: fx.Node, *args: Any, **_: Any) -> Result:
     """Takes a shape from its argument, not values; comparisons are pinned below."""
     name = str(node.target)
-    if any(
-        f".{c}." in name or f"aten.{c}" in name for c in ("eq", "ne", "le", "lt", "ge")
-    ):
+    if any(f".{c}." in name or f"aten.{c}" in name for c in ("eq", "ne", "le", "lt", "ge")):
         inf.pin_all("comparison", [a for a in args if isinstance(a, Value)])
     return inf.fixed(shape_of(node))

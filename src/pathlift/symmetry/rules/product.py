@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from pathlift.symmetry.inference import Inference, Result, refuse, rule, shape_of
+from pathlift.capture import shape_of
+from pathlift.symmetry.inference import Inference, Result, refuse, rule
 from pathlift.symmetry.scales import Value, add_forms, varying
 
 
@@ -17,9 +18,7 @@ def mul(inf: Inference, node: fx.Node, x: Any, y: Any) -> Result:
 
 
 @rule("div", "divide", "true_divide")
-def div(
-    inf: Inference, node: fx.Node, x: Any, y: Any, rounding_mode: Any = None
-) -> Result:
+def div(inf: Inference, node: fx.Node, x: Any, y: Any, rounding_mode: Any = None) -> Result:
     """``s(x / y) = s(x) - s(y)``."""
     if rounding_mode is not None:
         refuse()
@@ -34,9 +33,7 @@ def _product(inf: Inference, node: fx.Node, x: Any, y: Any, sign: int) -> Result
         return inf.form(y).expand(shape).scaled(sign)
     if x.zero:
         return Value(shape, inf.fixed(shape).form, zero=True)
-    factor, other = (
-        (x, y) if inf.is_new(x) and not inf.is_new(y) and sign == 1 else (y, x)
-    )
+    factor, other = (x, y) if inf.is_new(x) and not inf.is_new(y) and sign == 1 else (y, x)
     if inf.is_new(factor) and not inf.is_new(other) and sign == 1:
         # A parameter as factor: its output scales are new and free where it varies.
         given = inf.form(other).expand(shape)
@@ -56,11 +53,7 @@ def _product(inf: Inference, node: fx.Node, x: Any, y: Any, sign: int) -> Result
 @rule("pow")
 def power(inf: Inference, node: fx.Node, x: Any, exponent: Any) -> Result:
     """``s(x^n) = n s(x)`` for a whole number n."""
-    if (
-        not isinstance(x, Value)
-        or isinstance(exponent, Value)
-        or exponent != int(exponent)
-    ):
+    if not isinstance(x, Value) or isinstance(exponent, Value) or exponent != int(exponent):
         refuse()
     return inf.form(x).scaled(int(exponent))
 

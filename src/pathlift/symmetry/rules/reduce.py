@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from pathlift.symmetry.inference import Inference, Result, refuse, rule, shape_of
+from pathlift.capture import shape_of
+from pathlift.symmetry.inference import Inference, Result, refuse, rule
 from pathlift.symmetry.scales import Form, Value
 
 
@@ -46,9 +47,7 @@ for _n in (1, 2, 3):
         ],
         _n,
     )
-_register(
-    ["upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"], 2
-)
+_register(["upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"], 2)
 
 
 def _dims(x: Value, dim: Any) -> list[int]:

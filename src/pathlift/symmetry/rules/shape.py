@@ -8,23 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pathlift.symmetry.inference import Inference, Result, refuse, rule, shape_of
+from pathlift.capture import shape_of
+from pathlift.symmetry.inference import Inference, Result, refuse, rule
 from pathlift.symmetry.scales import Form, Value, compact
 
 
 def _reshape(ids: Tensor, shape: Sequence[int]) -> Tensor:
     """Reshape; an expanded leading dimension stays expanded instead of being copied."""
     shape = tuple(shape)
-    if (
-        ids.dim() > 1
-        and len(shape) > 1
-        and shape[0] == ids.shape[0]
-        and ids.stride(0) == 0
-    ):
+    if ids.dim() > 1 and len(shape) > 1 and shape[0] == ids.shape[0] and ids.stride(0) == 0:
         inner = ids[0].reshape(shape[1:])
-        return (inner if inner.data_ptr() == ids.data_ptr() else compact(inner)).expand(
-            shape
-        )
+        return (inner if inner.data_ptr() == ids.data_ptr() else compact(inner)).expand(shape)
     out = ids.reshape(shape)
     return out if out.data_ptr() == ids.data_ptr() else compact(out)
 
@@ -82,15 +76,13 @@ def reshape(inf: Inference, node: fx.Node, x: Value, *_: Any, **__: Any) -> Resu
     "broadcast_to",
     "unfold",
 )
-def strided(
-    inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any
-) -> Result:
+def strided(inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Result:
     """Views of any tensor."""
-    args = _ids_free(args)
+    plain = _ids_free(args)
     shape = shape_of(node)
     if x.zero:
         return Value(shape, Form(shape), zero=True)
-    return inf.form(x).map(lambda ids: node.target(ids, *args, **kwargs), shape)  # type: ignore[operator]
+    return inf.form(x).map(lambda ids: node.target(ids, *plain, **kwargs), shape)  # type: ignore[operator]
 
 
 @rule(
@@ -107,17 +99,13 @@ def strided(
     "hsplit",
     "vsplit",
 )
-def pieces(
-    inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any
-) -> Result:
+def pieces(inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Result:
     """Several views at once."""
     form = inf.form(x)
     shapes = [m.shape for m in node.meta["val"]]
     parts = [node.target(ids, *args, **kwargs) for _, ids in form.terms]  # type: ignore[operator]
     return [
-        Form(
-            shape, tuple((c, p[k]) for (c, _), p in zip(form.terms, parts, strict=True))
-        )
+        Form(shape, tuple((c, p[k]) for (c, _), p in zip(form.terms, parts, strict=True)))
         for k, shape in enumerate(shapes)
     ]
 
@@ -136,9 +124,7 @@ def pieces(
     "rot90",
     "native_channel_shuffle",
 )
-def copied(
-    inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any
-) -> Result:
+def copied(inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Result:
     """Operations that copy; the copy is compacted to views again."""
     if any(isinstance(a, Value) for a in args):
         refuse()
@@ -182,9 +168,7 @@ def _merge(
 
 
 @rule("cat", "concat", "concatenate")
-def cat(
-    inf: Inference, node: fx.Node, tensors: Sequence[Value], dim: int = 0
-) -> Result:
+def cat(inf: Inference, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> Result:
     """Concatenation; an empty legacy operand is dropped."""
     shape = shape_of(node)
     tensors = [t for t in tensors if len(t.shape) == len(shape)]
@@ -195,9 +179,7 @@ def cat(
 
 
 @rule("stack")
-def stack(
-    inf: Inference, node: fx.Node, tensors: Sequence[Value], dim: int = 0
-) -> Result:
+def stack(inf: Inference, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> Result:
     """Stacking along a new dimension."""
     shape = shape_of(node)
     dim %= len(shape)
@@ -238,16 +220,11 @@ def pad(
         parts = [ids.narrow(d, start, stop - start)]
         for count, front in ((before, True), (after, False)):
             if count > 0:
-                edge = [
-                    1 if i == d or ids.stride(i) == 0 else n
-                    for i, n in enumerate(ids.shape)
-                ]
+                edge = [1 if i == d or ids.stride(i) == 0 else n for i, n in enumerate(ids.shape)]
                 wide = list(ids.shape)
                 wide[d] = count
                 if ids.stride(d) == 0 or ids.size(d) == 1:
-                    zeros = (
-                        parts[0].narrow(d, 0, 1).expand(wide)
-                    )  # any scale: the neighbour's
+                    zeros = parts[0].narrow(d, 0, 1).expand(wide)  # any scale: the neighbour's
                 else:
                     edge[d] = count
                     zeros = inf.fresh(edge).expand(wide)
@@ -257,9 +234,7 @@ def pad(
 
 
 @rule("index", "_unsafe_index")
-def index(
-    inf: Inference, node: fx.Node, x: Value, indices: Sequence[Value | None]
-) -> Result:
+def index(inf: Inference, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> Result:
     """Constant indices are executed on the ids; others tie the dimensions they pick from."""
     shape = shape_of(node)
     form = inf.form(x)
@@ -271,17 +246,12 @@ def index(
             refuse()
         dims = [d for d, i in enumerate(indices) if i is not None]
         form = inf.tie(form, dims).expand(x.shape)
-        known = [
-            None if i is None else torch.zeros(i.shape, dtype=torch.int64)
-            for i in indices
-        ]
+        known = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
     return form.map(lambda ids: compact(torch.ops.aten.index.Tensor(ids, known)), shape)
 
 
 @rule("index_select")
-def index_select(
-    inf: Inference, node: fx.Node, x: Value, dim: int, which: Value
-) -> Result:
+def index_select(inf: Inference, node: fx.Node, x: Value, dim: int, which: Value) -> Result:
     """Like ``index`` along one dimension."""
     shape = shape_of(node)
     form = inf.form(x)
@@ -292,9 +262,7 @@ def index_select(
 
 
 @rule("gather")
-def gather(
-    inf: Inference, node: fx.Node, x: Value, dim: int, which: Value, **_: Any
-) -> Result:
+def gather(inf: Inference, node: fx.Node, x: Value, dim: int, which: Value, **_: Any) -> Result:
     """Values are moved along ``dim`` and cut elsewhere."""
     shape = shape_of(node)
     tied = inf.tie(inf.form(x), range(len(x.shape)))
@@ -306,9 +274,7 @@ def masked(inf: Inference, node: fx.Node, *args: Any) -> Result:
     """Choosing between a tensor and zero keeps its scale; between two tensors ties them."""
     shape = shape_of(node)
     name = str(node.target)
-    mask, values = (
-        (args[1], (args[0], args[2])) if "masked_fill" in name else (args[0], args[1:])
-    )
+    mask, values = (args[1], (args[0], args[2])) if "masked_fill" in name else (args[0], args[1:])
     inf.pin(mask, "mask")
     live = []
     for v in values:
