@@ -673,7 +673,9 @@ def _pools(n: int) -> None:
         pool = getattr(F, f"avg_pool{n}d")
         mean = pool(ones, size, stride, padding, ceil_mode, count_include_pad, *extra)
         count = _window_sum(ones, size, stride, padding, (1,) * n, _target(c, n))
-        return total.map(lambda t: t * (mean / count).reshape(_target(c, n)) ** c.p).normalised()
+        # A window of padding alone (count 0) holds no path.
+        weight = torch.where(count > 0, mean / count.clamp_min(1), 0.0).reshape(_target(c, n))
+        return total.map(lambda t: t * weight**c.p).normalised()
 
     def adaptive(averaged: bool) -> Callable[..., Any]:
         def run(c: _Context, x: Lifted, size: Any) -> Any:
