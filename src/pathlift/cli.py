@@ -256,7 +256,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"{str(path)!r} has suffix {path.suffix!r}. Supported: .safetensors, .pt, .pth, .bin."
         )
     own = model.state_dict()
-    aliases = {}
+    aliases: dict[tuple[int, Any], str] = {}
     for name, tensor in own.items():
         first = aliases.setdefault((tensor.data_ptr(), tensor.shape), name)
         if name not in state and first in state and tensor.numel():

@@ -39,7 +39,7 @@ def compact(ids: Tensor) -> Tensor:
     if ids.numel() == 0:
         return ids
     small = collapse(ids)
-    for d in sorted(varying(small), key=lambda d: -int(ids.size(d))):
+    for d in sorted(varying(small), key=lambda d: -ids.shape[d]):
         first = small.narrow(d, 0, 1)
         if torch.equal(small.narrow(d, 1, 1), first) and bool((small == first).all()):
             small = first

@@ -1,0 +1,1 @@
+"""Experiments: data, architectures, vectorised training, and the pages that show them."""
