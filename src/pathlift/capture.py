@@ -232,6 +232,7 @@ def _check_storage(parameters: Mapping[str, Tensor]) -> None:
         spans, spans[1:], strict=False
     ):
         if base_a == base_b and start_b < start_a + size_a:
+            a, b = sorted((a, b))
             raise CaptureError(
                 f"parameters '{a}' and '{b}' are different tensors over the same memory; "
                 f"rescaling one would change the other. Register the same Parameter under both "

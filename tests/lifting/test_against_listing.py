@@ -10,15 +10,31 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.listing import Listing
 from torch import Tensor, nn
 
 import pathlift
 from pathlift.capture import capture
 from pathlift.criteria import path_kernel
+from reference.listing import Listing
 
-BLOCKS = ("conv", "grouped", "depthwise", "norm", "skip", "concat", "maxpool", "avgpool",
-          "prelu", "scale", "parameter", "resize", "bilinear", "transposed", "roll", "pad")
+BLOCKS = (
+    "conv",
+    "grouped",
+    "depthwise",
+    "norm",
+    "skip",
+    "concat",
+    "maxpool",
+    "avgpool",
+    "prelu",
+    "scale",
+    "parameter",
+    "resize",
+    "bilinear",
+    "transposed",
+    "roll",
+    "pad",
+)
 
 
 class Random(nn.Module):
@@ -30,7 +46,7 @@ class Random(nn.Module):
         torch.manual_seed(seed)
         self.kinds = [rng.choice(BLOCKS) for _ in range(depth)]
         self.layers = nn.ModuleList(self._layer(kind, rng.random() < 0.7) for kind in self.kinds)
-        self.gain = nn.Parameter(torch.randn(2, 1, 1))
+        self.gains = nn.ParameterList(torch.randn(2, 1, 1) for _ in range(depth))
         self.head = nn.Linear(2, rng.choice((1, 2)), bias=rng.random() < 0.5)
         self.reduce = rng.choice(("mean", "adaptive", "sum"))
 
@@ -56,7 +72,7 @@ class Random(nn.Module):
         return nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        for kind, layer in zip(self.kinds, self.layers, strict=True):
+        for kind, layer, gain in zip(self.kinds, self.layers, self.gains, strict=True):
             if min(x.shape[-2:]) < 2 or x.shape[-1] > 3:
                 break
             if kind == "skip":
@@ -70,7 +86,7 @@ class Random(nn.Module):
             elif kind == "scale":
                 x = -0.7 * x
             elif kind == "parameter":
-                x = self.gain * x
+                x = gain * x
             elif kind == "resize":
                 x = F.interpolate(x[..., :2, :2], scale_factor=1.5, mode="nearest")
             elif kind == "bilinear":
@@ -144,7 +160,9 @@ def test_values_are_per_sample() -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_no_depth_or_scale_leaves_the_range(scale: float) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(m for _ in range(100) for m in (nn.Linear(6, 6), nn.ReLU())))
+    model = nn.Sequential(
+        *(m for _ in range(100) for m in (nn.Linear(6, 6, bias=False), nn.ReLU()))
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(scale)

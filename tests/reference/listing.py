@@ -17,11 +17,46 @@ from torch import Tensor, fx, nn
 
 from pathlift.capture import capture, operation, shape_of
 
-IDENTITY = {"relu", "leaky_relu", "abs", "dropout", "_prelu_kernel", "prelu", "clone", "contiguous"}
-FIXED = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d", "max_pool1d",
-         "upsample_bilinear2d", "mean", "sum", "avg_pool1d", "adaptive_avg_pool1d"}
-INDEX = {"view", "reshape", "flatten", "permute", "transpose", "slice", "roll", "pixel_shuffle",
-         "unsqueeze", "squeeze", "select", "chunk", "split", "expand", "flip"}
+IDENTITY = {
+    "relu",
+    "leaky_relu",
+    "abs",
+    "dropout",
+    "_prelu_kernel",
+    "prelu",
+    "clone",
+    "contiguous",
+    "alias",
+}
+FIXED = {
+    "max_pool2d",
+    "avg_pool2d",
+    "adaptive_avg_pool2d",
+    "upsample_nearest2d",
+    "max_pool1d",
+    "upsample_bilinear2d",
+    "mean",
+    "sum",
+    "avg_pool1d",
+    "adaptive_avg_pool1d",
+}
+INDEX = {
+    "view",
+    "reshape",
+    "flatten",
+    "permute",
+    "transpose",
+    "slice",
+    "roll",
+    "pixel_shuffle",
+    "unsqueeze",
+    "squeeze",
+    "select",
+    "chunk",
+    "split",
+    "expand",
+    "flip",
+}
 BILINEAR = {"linear", "conv1d", "conv2d", "conv_transpose2d"}
 
 
@@ -71,8 +106,10 @@ class Listing:
     def diagonal(self) -> dict[str, Tensor]:
         g = torch.from_numpy((self.jacobian() ** 2).sum(0))
         sizes = [shape.numel() for _, shape in self.names]
-        return {n: part.reshape(shape)
-                for (n, shape), part in zip(self.names, g.split(sizes), strict=True)}
+        return {
+            n: part.reshape(shape)
+            for (n, shape), part in zip(self.names, g.split(sizes), strict=True)
+        }
 
 
 def _fill(shape: tuple[int, ...], make: Any) -> np.ndarray:
@@ -101,8 +138,9 @@ def _cells(value: Any, shape: tuple[int, ...]) -> np.ndarray:
 def _combine(matrix: Tensor, cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Apply a (out, in) matrix of fixed coefficients."""
     flat, rows = list(cells.flat), matrix.tolist()
-    return _fill(shape, lambda o: [p for i, a in enumerate(rows[o]) if a
-                                   for p in _scaled(flat[i], a)])
+    return _fill(
+        shape, lambda o: [p for i, a in enumerate(rows[o]) if a for p in _scaled(flat[i], a)]
+    )
 
 
 def _matrix(function: Any, shape: tuple[int, ...]) -> Tensor:
@@ -147,8 +185,9 @@ def _run(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError(name)
 
 
-def _bilinear(node: fx.Node, shape: tuple[int, ...], x: Any, w: Any, b: Any = None,
-              *rest: Any, **kwargs: Any) -> np.ndarray:
+def _bilinear(
+    node: fx.Node, shape: tuple[int, ...], x: Any, w: Any, b: Any = None, *rest: Any, **kwargs: Any
+) -> np.ndarray:
     out = _fill(shape, lambda k: [])
     zero = torch.zeros(w.shape, dtype=torch.float64)
     for k in range(w.size):
@@ -159,8 +198,9 @@ def _bilinear(node: fx.Node, shape: tuple[int, ...], x: Any, w: Any, b: Any = No
         else:
             matrix = _matrix(lambda e, u=unit: node.target(e, u, None, *rest, **kwargs), x.shape)
         for o, i in matrix.nonzero().tolist():
-            out.flat[o] = out.flat[o] + _times(list(x.flat)[i], list(w.flat)[k],
-                                               float(matrix[o, i]))
+            out.flat[o] = out.flat[o] + _times(
+                list(x.flat)[i], list(w.flat)[k], float(matrix[o, i])
+            )
     if b is not None:
         axis = len(shape) - 1 if operation(node) == "linear" else 1
         view = [1] * len(shape)
@@ -171,8 +211,17 @@ def _bilinear(node: fx.Node, shape: tuple[int, ...], x: Any, w: Any, b: Any = No
     return out
 
 
-def _batch_norm(x: Any, w: Any, b: Any, mean: Tensor, var: Tensor, training: bool, momentum: float,
-                eps: float, *_: Any) -> np.ndarray:
+def _batch_norm(
+    x: Any,
+    w: Any,
+    b: Any,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> np.ndarray:
     """gamma (x - mu) / sigma + beta with running statistics."""
     shape = x.shape
     view = (-1,) + (1,) * (x.ndim - 2)
@@ -180,5 +229,7 @@ def _batch_norm(x: Any, w: Any, b: Any, mean: Tensor, var: Tensor, training: boo
     mu = mean.double().reshape(view).expand(shape).reshape(-1).tolist()
     gamma = np.broadcast_to(w.reshape(view), shape) if w is not None else _cells(1.0, shape)
     beta = np.broadcast_to(b.reshape(view), shape) if b is not None else _cells(0.0, shape)
-    return _fill(shape, lambda k: _times(x.flat[k] + [(-mu[k], ())], gamma.flat[k], 1 / sigma[k])
-                 + beta.flat[k])
+    return _fill(
+        shape,
+        lambda k: _times(x.flat[k] + [(-mu[k], ())], gamma.flat[k], 1 / sigma[k]) + beta.flat[k],
+    )

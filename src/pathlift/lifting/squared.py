@@ -186,6 +186,9 @@ def diagonal(
 ) -> tuple[dict[str, Tensor], float, dict[str, int]]:
     """``diag(G)`` up to one power of two.
 
+    A parameter that one path passes m times (a layer applied twice in a row) counts m times, not
+    m^2 times: the gradient treats its uses as separate parameters on that path.
+
     Returns:
         name -> float64 tensor ``g * 2**-shift`` of the parameter's shape (zeros for a parameter
         on no path), the shift, and the operations a stand-in was used for.
