@@ -331,8 +331,8 @@ def _trace(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]
         raise CaptureError(
             f"{type(model).__name__} can't be captured in "
             f"{'train' if mode else 'eval'} mode on inputs {describe(inputs)}. "
-            f"torch.export: {type(reason).__name__}: {first[0]}. "
-            f"Plain tracing: {type(error).__name__}: {second[0]}. "
+            f"torch.export: {type(reason).__name__}: {first[0].rstrip('.')}. "
+            f"Plain tracing: {type(error).__name__}: {second[0].rstrip('.')}. "
             f"Check that model(*example_inputs) runs, and that no branch depends on values."
         ) from error
 
