@@ -51,11 +51,7 @@ class ConditioningReport:
     def __str__(self) -> str:
         exact = self.log2_scales.dtype == torch.int64
         moved = int(torch.count_nonzero(self.log2_scales))
-        span = (
-            f", from {self.log2_scales.min():g} to {self.log2_scales.max():g}"
-            if moved
-            else ""
-        )
+        span = f", from {self.log2_scales.min():g} to {self.log2_scales.max():g}" if moved else ""
         if self.max_output_change is None:
             outputs = "not verified"
         elif self.max_output_change == 0:

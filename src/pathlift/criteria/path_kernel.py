@@ -32,9 +32,7 @@ def path_kernel(program: Program) -> Coefficients:
     is several times faster than double. What it can't represent is repeated in float64.
     """
     narrow = all(
-        p.dtype != torch.float64
-        for p in program.parameters.values()
-        if p.is_floating_point()
+        p.dtype != torch.float64 for p in program.parameters.values() if p.is_floating_point()
     )
     values, _, approximated = diagonal(
         program,
@@ -51,4 +49,4 @@ def _in_range(g: Tensor) -> bool:
     if not g.numel():
         return True
     low, high = (float(v) for v in g.aminmax())
-    return 1e-36 < low and high < 1e36
+    return low > 1e-36 and high < 1e36

@@ -87,9 +87,7 @@ def assemble(
         if number is None:
             total = g.numel() / math.prod(int(s.sum()) for s in sizes)
             matrix_counts = [
-                s.numpy()
-                * total
-                * math.prod(int(o.sum()) for k, o in enumerate(sizes) if k != j)
+                s.numpy() * total * math.prod(int(o.sum()) for k, o in enumerate(sizes) if k != j)
                 for j, s in enumerate(sizes)
             ]
         elif len(parts) == 1:

@@ -38,11 +38,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy import sparse
+from scipy import optimize, sparse
 
 from pathlift.solve.problem import (
     LN2,
     Array,
+    BoolArray,
     Evaluation,
     IntArray,
     Operator,
@@ -56,9 +57,7 @@ from pathlift.solve.problem import (
 _MAX_MOVE = 150.0
 
 
-def coordinate_descent(
-    problem: Problem, tol: float = 1e-8, max_sweeps: int = 1000
-) -> Solution:
+def coordinate_descent(problem: Problem, tol: float = 1e-8, max_sweeps: int = 1000) -> Solution:
     """Minimise F by sweeps of exact joint minimisations over independent sets of scales."""
     operator = Operator(problem)
     start = np.clip(np.zeros(problem.num_scales), problem.lower, problem.upper)
@@ -116,17 +115,14 @@ def _colour(operator: Operator) -> list[IntArray]:
         used = set(colour[near[near != k]].tolist())
         colour[k] = next(c for c in range(len(used) + 1) if c not in used)
     chosen = colour[node]
-    sets = [
-        np.flatnonzero((chosen == c) & movable)
-        for c in range(int(colour.max(initial=-1)) + 1)
-    ]
+    sets = [np.flatnonzero((chosen == c) & movable) for c in range(int(colour.max(initial=-1)) + 1)]
     return [s.astype(np.int64) for s in sets if s.size]
 
 
 def _mark_broken(
     operator: Operator,
     layer: IntArray,
-    broken: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    broken: BoolArray,
 ) -> None:
     """Mark the layers with two scales in one entry."""
     suspect = _coupling_within(operator, layer, broken.size)
@@ -138,9 +134,7 @@ def _mark_broken(
     broken[layer[pattern.row[same]]] = True
 
 
-def _coupling_within(
-    operator: Operator, layer: IntArray, layers: int
-) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _coupling_within(operator: Operator, layer: IntArray, layers: int) -> BoolArray:
     """Layers with two scales in one form, or on both sides of one matrix."""
     member = _membership(layer, layers)
     pattern = _pattern(operator.forms)
@@ -153,9 +147,7 @@ def _coupling_within(
     return np.asarray(several)
 
 
-def _coupling(
-    operator: Operator, node: IntArray, keep: np.ndarray[tuple[int], np.dtype[np.bool_]]
-) -> sparse.csr_array:
+def _coupling(operator: Operator, node: IntArray, keep: BoolArray) -> sparse.csr_array:
     """Which nodes (groups of scales) occur together in an entry with a positive coefficient."""
     size = int(node.max(initial=-1)) + 1
     member = _membership(node, size)
@@ -180,9 +172,7 @@ def _coupling(
 
 def _membership(node: IntArray, size: int) -> sparse.csr_array:
     ones = np.ones(node.size)
-    return sparse.csr_array(
-        (ones, (np.arange(node.size), node)), shape=(node.size, size)
-    )
+    return sparse.csr_array((ones, (np.arange(node.size), node)), shape=(node.size, size))
 
 
 def _pattern(matrix: sparse.csr_array) -> sparse.csr_array:
@@ -207,17 +197,13 @@ def minimise_set(operator: Operator, at: Evaluation, members: IntArray) -> Evalu
     high = np.minimum(problem.upper[members] - at.point[members], _MAX_MOVE)
     move = best_moves(exponents, table, slope, low, high)
     point = at.point.copy()
-    point[members] = np.clip(
-        point[members] + move, problem.lower[members], problem.upper[members]
-    )
+    point[members] = np.clip(point[members] + move, problem.lower[members], problem.upper[members])
     trial = operator.evaluate(point)
     slack = 1e-12 * (abs(at.objective) + problem.count)
     return trial if trial.objective <= at.objective + slack else at
 
 
-def best_moves(
-    exponents: Array, shares: Array, slope: Array, low: Array, high: Array
-) -> Array:
+def best_moves(exponents: Array, shares: Array, slope: Array, low: Array, high: Array) -> Array:
     """Joint minimiser of ``log(D + sum_eh q_eh 4^{-e d_h}) + 2 ln2 slope.d``, low <= d <= high.
 
     ``exponents``: ``(n,)``, non-zero. ``shares``: ``(n, m)``, shares of T with ``sum <= 1``, so
@@ -231,10 +217,7 @@ def best_moves(
         return _quadratic_moves(enter, leave, rest, slope, low, high)
     total = _root_by_bracket(
         lambda t: (
-            rest
-            + _sum_at(
-                exponents, shares, _convex_moves(exponents, shares, slope, t, low, high)
-            )
+            rest + _sum_at(exponents, shares, _convex_moves(exponents, shares, slope, t, low, high))
         )
     )
     return _convex_moves(exponents, shares, slope, total, low, high)
@@ -268,9 +251,7 @@ def _quadratic_moves(
         d = np.clip(_quadratic_root(enter, leave, slope, t), low, high)
         return rest + float((enter * np.exp2(-2 * d) + leave * np.exp2(2 * d)).sum())
 
-    return np.clip(
-        _quadratic_root(enter, leave, slope, _root_by_bracket(sum_at)), low, high
-    )
+    return np.clip(_quadratic_root(enter, leave, slope, _root_by_bracket(sum_at)), low, high)
 
 
 def _quadratic_root(enter: Array, leave: Array, slope: Array, total: float) -> Array:
@@ -296,45 +277,46 @@ def _convex_moves(
     left = np.maximum(low, -2 * _MAX_MOVE)
     right = np.minimum(high, 2 * _MAX_MOVE)
     e = exponents[:, None]
-    q = shares / total
-    d = np.clip(np.zeros(slope.size), left, right)
-    for _ in range(200):
-        terms = q * np.exp2(-2.0 * e * d)
-        value = slope - (e * terms).sum(axis=0)
-        curve = 2.0 * LN2 * (e**2 * terms).sum(axis=0)
+    with np.errstate(divide="ignore"):
+        logs = np.log2(shares) - np.log2(total)
+
+    def slopes(d: Array) -> tuple[Array, Array]:
+        terms = np.exp2(np.minimum(logs - 2.0 * e * d, 900.0))
+        return slope - (e * terms).sum(axis=0), 2.0 * LN2 * (e**2 * terms).sum(axis=0)
+
+    at_left, at_right = slopes(left)[0] >= 0, slopes(right)[0] <= 0
+    d = np.where(at_left, left, np.where(at_right, right, np.clip(0.0, left, right)))
+    settled = at_left | at_right
+    for _ in range(100):
+        value, curve = slopes(d)
         left = np.where(value < 0, d, left)
         right = np.where(value > 0, d, right)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             new = d - value / curve
-        inside = (new > left) & (new < right)
-        new = np.where(inside, new, 0.5 * (left + right))
-        new = np.where(value == 0, d, new)
+        new = np.where((new > left) & (new < right), new, 0.5 * (left + right))
+        new = np.where(settled | (value == 0), d, new)
         if np.all(np.abs(new - d) <= 1e-15 * (1.0 + np.abs(d))):
-            return np.where(value == 0, d, new)
+            return new
         d = new
     return d
 
 
 def _sum_at(exponents: Array, shares: Array, move: Array) -> float:
-    return float((shares * np.exp2(-2.0 * exponents[:, None] * move)).sum())
+    return float((shares * np.exp2(np.minimum(-2.0 * exponents[:, None] * move, 900.0))).sum())
 
 
 def _root_by_bracket(total_at: Callable[[float], float]) -> float:
-    """The t > 0 with ``total_at(t) = t``, given that ``total_at(t) / t`` decreases."""
-    low, high = -1000.0, 1000.0
-    t = 0.0
-    for _ in range(200):
-        excess = float(np.log2(max(float(total_at(float(np.exp2(t)))), 1e-307))) - t
-        if excess > 0:
-            low = t
-        else:
-            high = t
-        # the fixed-point step is a contraction in log t; bisect when it leaves the bracket
-        new = t + excess
-        if not low < new < high or abs(new - t) > 0.25 * (high - low):
-            new = 0.5 * (low + high)
-        if abs(new - t) <= 1e-15 or high - low <= 1e-14:
-            t = new
-            break
-        t = new
-    return float(np.exp2(t))
+    """The t > 0 with ``total_at(t) = t``, given that ``total_at(t) / t`` decreases; 1 is near."""
+
+    def excess(log2_t: float) -> float:
+        return float(np.log2(max(total_at(float(np.exp2(log2_t))), 1e-307))) - log2_t
+
+    low, high, width = 0.0, 0.0, 0.5
+    while excess(low) < 0 and low > -1000.0:
+        low, high, width = max(low - width, -1000.0), low, 2.0 * width
+    width = 0.5
+    while excess(high) > 0 and high < 1000.0:
+        low, high, width = high, min(high + width, 1000.0), 2.0 * width
+    if not excess(low) * excess(high) < 0:
+        return float(np.exp2(low if abs(excess(low)) < abs(excess(high)) else high))
+    return float(np.exp2(optimize.brentq(excess, low, high, xtol=1e-15, rtol=1e-14)))

@@ -7,21 +7,25 @@ its row and column sums: diagonal plus rank two per matrix, so it is inverted ex
 how whole layers move against each other. What it leaves to conjugate gradients is the difference
 between a matrix of weights and its rank-one model, which is small for a dense layer.
 
-The start: the same structure with counts in place of weights is the least-squares problem "make
-all log g' equal", whose solution is taken as the first point if it lowers F.
+The start: the whole problem with every matrix replaced by its rank-one model costs no product with
+a matrix, so it is solved first (see ``_model_minimiser``), which removes most of a wrong scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import linalg, sparse
+import torch
+from scipy import sparse
+from scipy.sparse import linalg as _sparse_linalg
 
 from pathlift.solve.coordinate import sweep
 from pathlift.solve.problem import (
     LN2,
     Array,
+    BoolArray,
     Evaluation,
     Operator,
     Problem,
@@ -33,7 +37,17 @@ from pathlift.solve.problem import (
 # A step changes no form by more than this many bits.
 _MAX_FORM_STEP = 40.0
 _MAX_CG = 60
+# After this many steps the problem is approached through its square roots.
+_PATIENCE = 25
 _RIDGE = 1e-7
+# Entries this near to each other (in bits) count as nearly equal.
+_CLOSE_BITS = 12.0
+_MODEL_STAGES = 24
+_MODEL_STEPS = 8
+_DENSE_CORE = 32
+# Where a step would be too long, every entry is given at least this part of its weight at the
+# optimum: a channel whose entries all lost their weight has a slope and no curvature.
+_DAMPING = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 Precondition = Callable[[Array], Array]
 
@@ -47,20 +61,67 @@ def newton(problem: Problem, tol: float = 1e-8, max_iterations: int = 100) -> So
         return _linear_only(operator, at, tol)
     if operator.empty or certificate(problem, at) <= tol:
         return solution(operator, at, 0, tol)
-    at = _first_point(operator, at)
+    at, used = _descend(operator, _first_point(operator, at), tol, min(_PATIENCE, max_iterations))
+    norm = certificate(problem, at)
+    if norm > tol and (used >= _PATIENCE or norm > 1e-6):
+        at = _through_roots(operator, at)
+        at, more = _descend(operator, at, tol, max_iterations - used)
+        used += more
+    return solution(operator, at, used, tol)
+
+
+def _descend(
+    operator: Operator, at: Evaluation, tol: float, iterations: int
+) -> tuple[Evaluation, int]:
+    """Newton steps (a coordinate sweep where one fails) to ``tol``: the best point, steps taken."""
+    problem = operator.problem
     best = at
-    for iteration in range(max_iterations):
+    for iteration in range(iterations):
         if certificate(problem, at) <= tol:
-            return solution(operator, at, iteration, tol)
+            return at, iteration
         trial = _newton_step(operator, at, tol)
         if trial is None:
             trial = sweep(operator, at)
             if trial.objective >= at.objective and not _better(problem, trial, at):
-                return solution(operator, best, iteration, tol)
+                return best, iteration
         at = trial
         if at.objective < best.objective or _better(problem, at, best):
             best = at
-    return solution(operator, best, max_iterations, tol)
+    return best, iterations
+
+
+def _through_roots(operator: Operator, at: Evaluation) -> Evaluation:
+    """A better point from the problem of the square roots, solved first.
+
+    With ``u = power * s``, ``(p / power) log sum g'^power + 2 ln2 linear.s`` is ``1 / power`` times
+    F in u with coefficients ``g^power``: the same kind of problem with logarithms ``power`` times
+    as far apart. Each problem starts from twice the solution of the one below; the lowest, with
+    everything nearly equal, is easy.
+    """
+    problem = operator.problem
+    spread = float(np.ptp(at.log2_weights[np.isfinite(at.log2_weights)]))
+    halvings = int(np.ceil(np.log2(max(spread, 2.0))))
+    point = np.zeros(problem.num_scales)
+    for k in range(halvings, 0, -1):
+        lower = Operator(_power(problem, 0.5**k))
+        bounded = np.clip(2.0 * point, lower.problem.lower, lower.problem.upper)
+        point = _descend(lower, lower.evaluate(bounded), 1e-4, _PATIENCE)[0].point
+        operator.pairs += lower.pairs
+    trial = operator.evaluate(np.clip(2.0 * point, problem.lower, problem.upper))
+    return trial if trial.objective < at.objective else at
+
+
+def _power(problem: Problem, power: float) -> Problem:
+    """The problem with coefficients ``g^power`` and scales ``power`` times as large."""
+    blocks = tuple(replace(b, matrix=b.matrix.double() ** power) for b in problem.blocks)
+    return replace(
+        problem,
+        blocks=blocks,
+        vector=torch.as_tensor(problem.vector).double() ** power,
+        constant=problem.constant**power,
+        lower=problem.lower * power,
+        upper=problem.upper * power,
+    )
 
 
 def _better(problem: Problem, new: Evaluation, old: Evaluation) -> bool:
@@ -83,38 +144,46 @@ def _linear_only(operator: Operator, at: Evaluation, tol: float) -> Solution:
 def _newton_step(operator: Operator, at: Evaluation, tol: float) -> Evaluation | None:
     """A truncated Newton step on the free scales with a line search; None without progress."""
     problem = operator.problem
-    free = _free(problem, at)
+    free, snap = _free(problem, at)
     g = np.where(free, at.gradient, 0.0)
     norm = certificate(problem, at)
     accuracy = max(min(0.1, norm**0.5), min(0.3 * tol / norm, 0.1))
-    apply = preconditioner(
-        operator, at.weights, at.mean, free, 4 * LN2**2 * problem.count
-    )
+    scale = 4 * LN2**2 * problem.count
+    apply = preconditioner(operator, at.weights, at.mean, free, scale)
     direction = _conjugate_gradients(operator, at, -g, free, apply, accuracy)
     size = float(np.abs(operator.forms @ direction).max(initial=0.0))
+    if not size <= _MAX_FORM_STEP:
+        counts = operator.counts()
+        for damping in _DAMPING:
+            damped = at.weights + damping * counts / max(float(counts.sum()), 1.0)
+            direction = -preconditioner(operator, damped, at.mean, free, scale)(g)
+            size = float(np.abs(operator.forms @ direction).max(initial=0.0))
+            if size <= _MAX_FORM_STEP:
+                break
     if not np.isfinite(size):
         return None
     if size > _MAX_FORM_STEP:
         direction *= _MAX_FORM_STEP / size
-    return _line_search(operator, at, direction)
+    return _line_search(operator, at, direction + snap)
 
 
-def _free(
-    problem: Problem, at: Evaluation
-) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Scales not held by a bound: inside, or at a bound with the gradient pointing inwards."""
+def _free(problem: Problem, at: Evaluation) -> tuple[BoolArray, Array]:
+    """Scales not held by a bound, and the step that puts the held ones on their bound.
+
+    Held: at a bound, or a rounding error away from it, with the slope pointing outwards.
+    """
     near = 1e-9 * (1.0 + np.abs(at.point))
     low = (at.point <= problem.lower + near) & (at.gradient >= 0)
     high = (at.point >= problem.upper - near) & (at.gradient <= 0)
-    fixed = problem.lower >= problem.upper
-    return np.asarray(~(low | high | fixed))
+    step = np.where(low, problem.lower - at.point, np.where(high, problem.upper - at.point, 0.0))
+    return np.asarray(~(low | high | (problem.lower >= problem.upper))), step
 
 
 def _conjugate_gradients(
     operator: Operator,
     at: Evaluation,
     residual: Array,
-    free: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    free: BoolArray,
     apply: Precondition,
     accuracy: float,
 ) -> Array:
@@ -147,9 +216,7 @@ def _conjugate_gradients(
     return x
 
 
-def _line_search(
-    operator: Operator, at: Evaluation, direction: Array
-) -> Evaluation | None:
+def _line_search(operator: Operator, at: Evaluation, direction: Array) -> Evaluation | None:
     """Armijo along the projected path, with the slope at the far end as a guard for rounding.
 
     On the chord from ``at`` to the trial F is convex, so a slope at the trial that is still
@@ -183,7 +250,7 @@ def preconditioner(
     operator: Operator,
     weights: Array,
     mean: Array,
-    free: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    free: BoolArray,
     scale: float,
 ) -> Precondition:
     """Inverse of ``scale`` times the covariance of exponents under the rank-one model.
@@ -198,81 +265,178 @@ def preconditioner(
     bound = operator.row_sum_bound() @ weights
     top = float(bound.max(initial=0.0))
     diagonal = bound * (1.0 + _RIDGE) + 1e-14 * top
-    inverse = np.where(
-        free & (diagonal > 0), 1.0 / np.where(diagonal > 0, diagonal, 1.0), 0.0
-    )
+    inverse = np.where(free & (diagonal > 0), 1.0 / np.where(diagonal > 0, diagonal, 1.0), 0.0)
     blocks = len(operator.blocks)
-    if blocks == 0:
-        low = sparse.csr_array(mean[None, :])
-    else:
-        low = sparse.vstack([operator.block_sums(weights), mean[None, :]], format="csr")
-    core = np.zeros((2 * blocks + 1, 2 * blocks + 1))
+    small = 2 * blocks + 1 <= _DENSE_CORE
     pair = 2 * np.arange(blocks)
-    core[pair, pair + 1] = core[pair + 1, pair] = 1.0
-    core[-1, -1] = -1.0
-    spread = low.multiply(inverse[None, :]).tocsr()
-    core += (spread @ low.T).toarray()
-    factor = linalg.lu_factor(core, check_finite=False)
-    low_t = sparse.csr_array(spread.T.tocsr())
+    row = np.concatenate([pair, pair + 1, [2 * blocks]])
+    col = np.concatenate([pair + 1, pair, [2 * blocks]])
+    swap = np.ones(2 * blocks + 1)
+    swap[-1] = -1.0
+    sums = operator.block_sums(weights)
+    if small:
+        dense = np.concatenate([sums.toarray(), mean[None, :]])
+        spread = dense * inverse
+        core = spread @ dense.T
+        core[row, col] += swap
+        core_inverse = np.linalg.pinv(core)
+        return lambda r: np.asarray(
+            (inverse * r - (core_inverse @ (spread @ r)) @ spread) / scale, dtype=np.float64
+        )
+    low = sparse.csr_array(sparse.vstack([sums, mean[None, :]], format="csr"))
+    thin = sparse.csr_array(low.multiply(inverse[None, :]))
+    thin_t = sparse.csr_array(thin.T.tocsr())
+    solve = _core_solver(sparse.csc_array((swap, (row, col)), shape=(row.size,) * 2) + thin @ low.T)
 
     def apply(r: Array) -> Array:
-        small = linalg.lu_solve(factor, spread @ r, check_finite=False)
-        return np.asarray((inverse * r - low_t @ small) / scale)
+        return np.asarray((inverse * r - thin_t @ solve(thin @ r)) / scale)
 
     return apply
 
 
+def _core_solver(core: sparse.csc_array) -> Precondition:
+    """Solve with the core of many matrices: sparse, since only neighbours share a scale."""
+    try:
+        return _sparse_linalg.splu(core.tocsc()).solve
+    except RuntimeError:  # exactly singular
+        inverse = np.linalg.pinv(core.toarray())
+        return lambda r: np.asarray(inverse @ r)
+
+
 def _first_point(operator: Operator, at: Evaluation) -> Evaluation:
-    """The least-squares point if it lowers F, else a sweep of the coordinate solver."""
-    problem = operator.problem
-    everything = problem.lower < problem.upper
+    """Move to the minimiser of the rank-one model, at most a few times, while F falls."""
     for _ in range(3):
-        step = _least_squares_step(operator, at, everything)
-        point = np.clip(at.point + step, problem.lower, problem.upper)
+        point = _model_minimiser(operator, at)
         if not np.all(np.isfinite(point)):
             break
         trial = operator.evaluate(point)
         if not trial.objective < at.objective:
             break
-        moved = float(
-            np.abs(operator.forms @ (trial.point - at.point)).max(initial=0.0)
-        )
+        moved = float(np.abs(operator.forms @ (trial.point - at.point)).max(initial=0.0))
         at = trial
-        if moved < 8.0:
+        if moved < _CLOSE_BITS:
             break
     return at
 
 
-def _least_squares_step(
-    operator: Operator, at: Evaluation, free: np.ndarray[tuple[int], np.dtype[np.bool_]]
-) -> Array:
-    """Step towards equal ``log2 g'``: least squares over entries, from row and column sums.
+@dataclass(frozen=True)
+class _Model:
+    """Entry (o, i) of matrix b: count ``n_o n_i / n_b``, log2 value ``x_o + y_i - level_b``.
 
-    The logarithm of entry (o, i) is modelled as ``log2 row mean + log2 column mean - log2 mean``,
-    its count as ``n_o n_i / n``, so nothing but sums of the weights is needed.
+    ``logs`` and ``counts``: per form, x, y and the single entries; ``levels`` and ``amounts``: per
+    matrix; ``constant``: log2 of the constant. All values are shares of T at ``origin``.
     """
-    counts = operator.counts()
-    log = np.log2(np.maximum(at.weights, 1e-300) / np.maximum(counts, 1.0))
-    pull = counts * log
-    total, amount = 0.0, 0.0
+
+    operator: Operator
+    origin: Array
+    logs: Array
+    counts: Array
+    levels: Array
+    amounts: Array
+    constant: float
+
+    def weights(self, moved: Array, power: float) -> tuple[float, Array]:
+        """``log2 sum n g'^power`` and the share of each form; ``moved``: forms times the step."""
+        op = self.operator
+        exponent = power * (self.logs - 2.0 * moved) + np.log2(np.maximum(self.counts, 1e-300))
+        exponent[self.counts == 0] = -np.inf
+        starts = op.form_starts()
+        lengths = np.diff(starts)
+        tops = np.maximum.reduceat(exponent, starts[:-1])
+        tops = np.where(np.isfinite(tops), tops, 0.0)
+        shares = np.exp2(exponent - np.repeat(tops, lengths))
+        with np.errstate(divide="ignore"):
+            sums = np.log2(np.add.reduceat(shares, starts[:-1])) + tops
+        b = len(op.blocks)
+        totals = sums[0 : 2 * b : 2] + sums[1 : 2 * b : 2] - power * self.levels
+        totals -= np.log2(np.maximum(self.amounts, 1.0))
+        pieces = np.concatenate([totals, sums[2 * b :], [power * self.constant]])
+        top = float(pieces.max())
+        log2_total = top + float(np.log2(np.exp2(pieces - top).sum()))
+        part = np.concatenate([np.repeat(totals, 2), sums[2 * b :]])
+        with np.errstate(invalid="ignore"):
+            scale = np.exp2(np.where(np.isfinite(part), part - log2_total - (sums - tops), -np.inf))
+        return log2_total, shares * np.repeat(scale, lengths)
+
+
+def _model(operator: Operator, at: Evaluation) -> _Model:
+    counts = np.where(np.isfinite(at.log2_weights), operator.counts(), 0.0)
+    live = counts > 0
+    logs = np.where(live, at.log2_weights, 0.0) - np.log2(np.maximum(counts, 1.0))
+    levels, amounts = np.zeros(len(operator.blocks)), np.zeros(len(operator.blocks))
     for b in range(len(operator.blocks)):
-        row, col = operator.segments(b)
-        n = float(counts[row].sum())
-        level = float(np.log2(max(float(at.weights[row].sum()), 1e-300) / n))
-        row_mean = float(pull[row].sum()) / n
-        col_mean = float(pull[col].sum()) / n
-        pull[row] += counts[row] * (col_mean - level)
-        pull[col] += counts[col] * (row_mean - level)
-        total += n * (row_mean + col_mean - level)
-        amount += n
-    if operator.has_vector:
-        part = operator.vector_segment()
-        total += float(pull[part].sum())
-        amount += float(counts[part].sum())
-    pull -= counts * (total / amount)
-    share = counts / amount
-    mean = operator.forms_t @ share
-    right = operator.forms_t @ (pull / amount)
-    return 0.5 * preconditioner(operator, share, mean, free, 1.0)(
-        np.where(free, right, 0.0)
-    )
+        row, _ = operator.segments(b)
+        amounts[b] = n = float(counts[row].sum())
+        if n > 0:
+            top = float(at.log2_weights[row].max())
+            mass = float(np.exp2(at.log2_weights[row] - top).sum())
+            levels[b] = top + float(np.log2(mass / n))
+    constant = operator.problem.constant
+    share = float(np.log2(constant)) - at.log2_total if constant > 0 else -np.inf
+    return _Model(operator, at.point, logs, counts, levels, amounts, share)
+
+
+def _model_minimiser(operator: Operator, at: Evaluation) -> Array:
+    """Minimise F with every matrix replaced by its rank-one model: no product with a matrix.
+
+    Far from the optimum F is nearly piecewise linear and Newton's method is slow, so the model is
+    solved for ``g'^power`` with power going to 1: ``F_power = (p / power) log sum g'^power + 2 ln2
+    linear.s``. For a small power it is the least-squares problem "make all log g' equal".
+    """
+    problem = operator.problem
+    model = _model(operator, at)
+    live = model.counts > 0
+    if not live.any():
+        return at.point
+    spread = float(np.ptp(model.logs[live]))
+    power = min(1.0, _CLOSE_BITS / max(spread, 1.0))
+    d = np.zeros(problem.num_scales)
+    for _ in range(_MODEL_STAGES):
+        for _ in range(_MODEL_STEPS):
+            new, size = _model_step(model, d, power)
+            d = new
+            if size * power < 1.0:
+                break
+        if power == 1.0:
+            break
+        # how unequal the entries must stay decides how fast the power may rise
+        moved = operator.forms @ d
+        spread = float(np.ptp((model.logs - 2.0 * moved)[live]))
+        power = min(1.0, max(1.5 * power, _CLOSE_BITS / max(spread, 1.0)))
+    return np.clip(at.point + d, problem.lower, problem.upper)
+
+
+def _model_step(model: _Model, d: Array, power: float) -> tuple[Array, float]:
+    """A damped Newton step of the model: the new displacement and the bits it moved a form by."""
+    operator, problem = model.operator, model.operator.problem
+    p = problem.count
+
+    def value(at: Array) -> tuple[float, Array]:
+        log2_total, weights = model.weights(operator.forms @ at, power)
+        f = p * LN2 / power * log2_total + 2 * LN2 * float(problem.linear @ at)
+        return f, weights
+
+    f, weights = value(d)
+    mean = operator.forms_t @ weights
+    gradient = 2 * LN2 * (problem.linear - p * mean)
+    here = model.origin + d
+    low = (here <= problem.lower) & (gradient >= 0)
+    high = (here >= problem.upper) & (gradient <= 0)
+    free = ~(low | high | (problem.lower >= problem.upper))
+    g = np.where(free, gradient, 0.0)
+    scale = 4 * LN2**2 * p * power
+    for damping in (0.0, *_DAMPING):
+        used = weights + damping * model.counts / max(float(model.counts.sum()), 1.0)
+        step = -preconditioner(operator, used, mean, free, scale)(g)
+        size = float(2.0 * np.abs(operator.forms @ step).max(initial=0.0))
+        if size * power <= 4.0 * _CLOSE_BITS:
+            break
+    if not np.isfinite(size) or size == 0.0:
+        return d, 0.0
+    step *= min(1.0, 4.0 * _CLOSE_BITS / (power * size))
+    for _ in range(12):
+        new = np.clip(here + step, problem.lower, problem.upper) - model.origin
+        if value(new)[0] <= f + 1e-4 * float(g @ (new - d)) + 1e-13 * (abs(f) + p):
+            return new, float(2.0 * np.abs(operator.forms @ (new - d)).max(initial=0.0))
+        step *= 0.4
+    return d, 0.0

@@ -7,8 +7,8 @@ With log2 scales ``s`` of shape ``(H,)``, entry ``i`` is ``g'_i = g_i 2^{-2 (E s
 
 Entries come as matrices ``M[o, i] r_o c_i`` with ``r_o = 2^{-2 (rows s)_o}`` and
 ``c_i = 2^{-2 (cols s)_i}``, and as a vector of entries kept one by one. All row, column and vector
-forms are stacked in one sparse matrix ``K``, so that one evaluation of F and its gradient is ``K s``,
-one ``M c`` and one ``M^T r`` per matrix, and one ``K^T w``; a Hessian-vector product is the same.
+forms are stacked in one sparse matrix ``K``: one evaluation of F and its gradient is ``K s``, one
+``M c`` and one ``M^T r`` per matrix, and one ``K^T w``; a Hessian-vector product is the same.
 
 Range: powers of two are carried apart. Coefficients are read as mantissa times power of two, each
 factor is divided by its largest member, and what was divided out is added back as a logarithm. When
@@ -29,6 +29,7 @@ from pathlift.errors import ArgumentError
 
 Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 LN2 = float(np.log(2.0))
 # Between two normalisations of a matrix its row and column factors may move by this many bits.
@@ -95,8 +96,9 @@ class Evaluation:
 
     ``weights``: per form (row, column or single entry), its share of T; ``factors``: per form, the
     shifted power of two; ``levels``: per matrix, what turns ``r M c`` into a share of T;
-    ``mean``: ``(H,)`` the weighted mean exponent ``E^T w``. The matrices are kept with the point
-    because a later evaluation may normalise them elsewhere.
+    ``log2_weights``: per form, the same logarithm also where the share itself underflows;
+    ``log2_total``: log2 T; ``mean``: ``(H,)`` the weighted mean exponent ``E^T w``.
+    The matrices are kept with the point because a later evaluation may normalise them elsewhere.
     """
 
     point: Array
@@ -104,6 +106,8 @@ class Evaluation:
     gradient: Array
     mean: Array
     weights: Array
+    log2_weights: Array
+    log2_total: float
     factors: Array
     levels: Array
     matrices: tuple[torch.Tensor, ...]
@@ -135,11 +139,14 @@ class Operator:
         h = problem.num_scales
         sources: list[torch.Tensor] = []
         kept: list[MatrixBlock] = []
+        ranges: list[tuple[float, float]] = []
         for block in problem.blocks:
             matrix = block.matrix.detach().to(device="cpu", dtype=torch.float64)
-            if matrix.numel() and bool(matrix.any()):
+            low, high = _range(f"Problem.blocks[{len(kept)}].matrix", matrix)
+            if high > 0:
                 kept.append(block)
                 sources.append(matrix)
+                ranges.append((low, high))
         self.blocks = tuple(kept)
         self.sources = tuple(sources)
         values = _to_numpy(problem.vector)
@@ -150,9 +157,7 @@ class Operator:
             forms.append(_csr(problem.vector_forms)[np.flatnonzero(keep)])
             lengths.append(int(keep.sum()))
         self.has_vector = bool(keep.any())
-        stacked = (
-            sparse.vstack(forms, format="csr") if forms else sparse.csr_array((0, h))
-        )
+        stacked = sparse.vstack(forms, format="csr") if forms else sparse.csr_array((0, h))
         self.forms = sparse.csr_array(stacked, dtype=np.float64)
         self.forms.eliminate_zeros()
         self.forms_t = sparse.csr_array(self.forms.T.tocsr())
@@ -161,9 +166,9 @@ class Operator:
         mantissa, exponent = np.frexp(values[keep])
         self._mantissa = mantissa
         self._vector_exponent = exponent.astype(np.float64)
-        self._live = [
-            ((m.amax(1) > 0).numpy(), (m.amax(0) > 0).numpy()) for m in sources
-        ]
+        self._ranges = tuple(ranges)
+        self._tops = [_row_maxima(m, r) for m, r in zip(sources, ranges, strict=True)]
+        self._live = [_live(m, r) for m, r in zip(sources, ranges, strict=True)]
         self._pairs: tuple[_Pairs, ...] | None = None
         self._exponents: dict[float, sparse.csr_array] | None = None
         self._bound: sparse.csr_array | None = None
@@ -183,6 +188,10 @@ class Operator:
         a, b, c = (int(x) for x in self._starts[2 * block : 2 * block + 3])
         return slice(a, b), slice(b, c)
 
+    def form_starts(self) -> IntArray:
+        """First form of every segment (rows, columns of each matrix, then single entries)."""
+        return self._starts
+
     def vector_segment(self) -> slice:
         """Where the single entries lie among the stacked forms."""
         return slice(int(self._starts[2 * len(self.blocks)]), int(self._starts[-1]))
@@ -201,11 +210,7 @@ class Operator:
         self._base = base
         self._matrices = self.sources
         bound = 2.0**_PLAIN_BITS
-        tops = [
-            m.amax(1).numpy()[live[0]]
-            for m, live in zip(self.sources, self._live, strict=True)
-        ]
-        if any(t.min() < 1 / bound or t.max() > bound for t in tops):
+        if any(t[t > 0].min() < 1 / bound or t.max() > bound for t in self._tops):
             self._normalise(self.centre)
 
     def _normalise(self, point: Array) -> None:
@@ -222,15 +227,10 @@ class Operator:
             row, col = self.segments(b)
             mantissa, exponent = torch.frexp(source)
             power = exponent.to(torch.float64)
-            power += (
-                torch.from_numpy(shift[row])[:, None]
-                + torch.from_numpy(shift[col])[None, :]
-            )
+            power += torch.from_numpy(shift[row])[:, None] + torch.from_numpy(shift[col])[None, :]
             power[source == 0] = -np.inf
             top = power.amax(1)
-            power -= torch.where(torch.isfinite(top), top, torch.zeros_like(top))[
-                :, None
-            ]
+            power -= torch.where(torch.isfinite(top), top, torch.zeros_like(top))[:, None]
             matrices.append(mantissa * torch.exp2(power))
             base[row] = top.numpy()
             base[col] = np.where(self._live[b][1], 0.0, -np.inf)
@@ -244,9 +244,7 @@ class Operator:
         worst = 0.0
         for b in range(len(self.blocks)):
             row, col = self.segments(b)
-            worst = max(
-                worst, float(np.abs(moved[row]).max() + np.abs(moved[col]).max())
-            )
+            worst = max(worst, float(np.abs(moved[row]).max() + np.abs(moved[col]).max()))
         return 2.0 * worst
 
     # -- products ------------------------------------------------------------------------------
@@ -261,7 +259,7 @@ class Operator:
             value = p * float(np.log(problem.constant)) if problem.constant > 0 else 0.0
             zero, none = np.zeros(problem.num_scales), np.zeros(n)
             return Evaluation(
-                point, value + slant, slope.copy(), zero, none, none, none, ()
+                point, value + slant, slope.copy(), zero, none, none, -np.inf, none, none, ()
             )
         moved = self.forms @ (point - self.centre)
         if self._drift(moved) > _DRIFT_BITS:
@@ -296,16 +294,33 @@ class Operator:
         top = float(magnitudes.max())
         log2_total = top + float(np.log2(np.exp2(magnitudes - top).sum()))
         shares = np.exp2(levels - log2_total)
+        with np.errstate(divide="ignore"):
+            log2_weights = np.log2(weights)
         for b in range(len(self.blocks)):
             row, col = self.segments(b)
-            weights[row.start : col.stop] *= shares[b]
+            both = slice(row.start, col.stop)
+            weights[both] *= shares[b]
+            log2_weights[both] += levels[b] - log2_total
         if self.has_vector:
-            weights[self.vector_segment()] *= shares[len(self.blocks)]
+            part = self.vector_segment()
+            k = len(self.blocks)
+            weights[part] *= shares[k]
+            # a single entry never underflows in logarithms
+            log2_weights[part] = exponent[part] + np.log2(self._mantissa) - log2_total
         mean = self.forms_t @ weights
         objective = p * LN2 * log2_total + slant
         gradient = slope - 2.0 * LN2 * p * mean
         return Evaluation(
-            point, objective, gradient, mean, weights, factors, shares, self._matrices
+            point,
+            objective,
+            gradient,
+            mean,
+            weights,
+            log2_weights,
+            log2_total,
+            factors,
+            shares,
+            self._matrices,
         )
 
     def hessian_product(self, at: Evaluation, direction: Array) -> Array:
@@ -349,9 +364,7 @@ class Operator:
     def block_sums(self, weights: Array) -> sparse.csr_array:
         """``(2 B, H)``: ``rows^T a / sqrt(S)`` and ``cols^T c / sqrt(S)`` of every matrix."""
         end = int(self._starts[2 * len(self.blocks)])
-        segment = np.repeat(
-            np.arange(2 * len(self.blocks)), self._lengths[: 2 * len(self.blocks)]
-        )
+        segment = np.repeat(np.arange(2 * len(self.blocks)), self._lengths[: 2 * len(self.blocks)])
         sums = np.bincount(segment, weights[:end], minlength=2 * len(self.blocks))
         root = np.sqrt(np.where(sums > 0, sums, 1.0))
         group = sparse.csr_array(
@@ -371,7 +384,7 @@ class Operator:
             row, col = self.segments(b)
             r, c = matrix.shape
             counts[row], counts[col] = c, r
-            if float(matrix.min()) == 0.0:
+            if self._ranges[b][0] == 0.0:
                 positive = matrix > 0
                 counts[row] = positive.sum(1).numpy()
                 counts[col] = positive.sum(0).numpy()
@@ -425,7 +438,7 @@ class Operator:
         return np.asarray(at.levels[pairs.block] * scaled)
 
     def shares_by_exponent(self, at: Evaluation) -> dict[float, Array]:
-        """For each non-zero exponent e: ``(H,)``, the share of T of the entries with ``E_ih = e``."""
+        """Per non-zero exponent e: ``(H,)``, the share of T of the entries with E_ih = e."""
         if self._exponents is None:
             values = np.unique(self.forms_t.data)
             self._exponents = {float(e): _indicator(self.forms_t, e) for e in values}
@@ -445,9 +458,7 @@ class Operator:
                     change = np.bincount(pairs.scale[pick], weight[pick], minlength=h)
                     shares[float(e)] = shares.get(float(e), np.zeros(h)) + sign * change
         for e, q in gross.items():
-            if (
-                self.pairs_of_one_scale()
-            ):  # differences of equal numbers leave rounding errors
+            if self.pairs_of_one_scale():  # differences of equal numbers leave rounding errors
                 shares[e][shares[e] < 1e-13 * q] = 0.0
         shares.pop(0.0, None)
         return shares
@@ -477,20 +488,14 @@ def certificate(problem: Problem, at: Evaluation) -> float:
     return float(np.abs(g).max(initial=0.0)) / max(problem.count, 1)
 
 
-def solution(
-    operator: Operator, at: Evaluation, iterations: int, tol: float
-) -> Solution:
+def solution(operator: Operator, at: Evaluation, iterations: int, tol: float) -> Solution:
     """Wrap a point with its certificate."""
     norm = certificate(operator.problem, at)
-    return Solution(
-        at.point, at.objective, norm, iterations, operator.pairs, norm <= tol
-    )
+    return Solution(at.point, at.objective, norm, iterations, operator.pairs, norm <= tol)
 
 
 def _times(matrix: torch.Tensor, vector: Array) -> Array:
-    return np.asarray(
-        torch.mv(matrix, torch.from_numpy(vector)).numpy(), dtype=np.float64
-    )
+    return np.asarray(torch.mv(matrix, torch.from_numpy(vector)).numpy(), dtype=np.float64)
 
 
 def _csr(forms: sparse.csr_array) -> sparse.csr_array:
@@ -535,9 +540,7 @@ def _check(problem: Problem) -> None:
             f"Problem.vector_forms has shape {problem.vector_forms.shape}; expected "
             f"({n.size}, {h}): one exponent row per entry of Problem.vector."
         )
-    _check_values(
-        "Problem.vector", float(n.min(initial=0.0)), float(n.max(initial=0.0))
-    )
+    _check_values("Problem.vector", float(n.min(initial=0.0)), float(n.max(initial=0.0)))
     for k, block in enumerate(problem.blocks):
         r, c = block.matrix.shape
         if block.rows.shape != (r, h) or block.cols.shape != (c, h):
@@ -545,9 +548,6 @@ def _check(problem: Problem) -> None:
                 f"Problem.blocks[{k}] has a ({r}, {c}) matrix with rows {block.rows.shape} and "
                 f"cols {block.cols.shape}; expected ({r}, {h}) and ({c}, {h})."
             )
-        if block.matrix.numel():
-            low, high = torch.aminmax(block.matrix.detach())
-            _check_values(f"Problem.blocks[{k}].matrix", float(low), float(high))
 
 
 def _check_values(name: str, low: float, high: float) -> None:
@@ -556,3 +556,27 @@ def _check_values(name: str, low: float, high: float) -> None:
             f"{name} has values from {low} to {high}; coefficients must be finite and >= 0. "
             "Check the criterion for overflow (the coefficients may be divided by any constant)."
         )
+
+
+def _range(name: str, matrix: torch.Tensor) -> tuple[float, float]:
+    """Smallest and largest coefficient, checked."""
+    if matrix.numel() == 0:
+        return 0.0, 0.0
+    low, high = (float(x) for x in torch.aminmax(matrix))
+    _check_values(name, low, high)
+    return low, high
+
+
+def _row_maxima(matrix: torch.Tensor, bounds: tuple[float, float]) -> Array:
+    """``(R,)`` row maxima, or the two ends of the range if these are all that matters."""
+    if bounds[0] >= 2.0**-_PLAIN_BITS:
+        return np.asarray(bounds)
+    return np.asarray(matrix.amax(1).numpy(), dtype=np.float64)
+
+
+def _live(matrix: torch.Tensor, bounds: tuple[float, float]) -> tuple[BoolArray, BoolArray]:
+    """Which rows and which columns have a positive coefficient."""
+    r, c = matrix.shape
+    if bounds[0] > 0:
+        return np.ones(r, dtype=bool), np.ones(c, dtype=bool)
+    return (matrix.amax(1) > 0).numpy(), (matrix.amax(0) > 0).numpy()
