@@ -495,7 +495,7 @@ def solution(operator: Operator, at: Evaluation, iterations: int, tol: float) ->
 
 
 def _times(matrix: torch.Tensor, vector: Array) -> Array:
-    return np.asarray(torch.mv(matrix, torch.from_numpy(vector)).numpy(), dtype=np.float64)
+    return np.asarray(matrix.numpy() @ vector)
 
 
 def _csr(forms: sparse.csr_array) -> sparse.csr_array:
