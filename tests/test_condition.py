@@ -158,3 +158,23 @@ def test_wrappers_are_looked_through() -> None:
     report = pathlift.condition_(nn.DataParallel(model), torch.randn(2, 3))
     assert report.num_scales == 4
     assert pathlift.rescaling_group(torch.compile(model), torch.randn(2, 3)).num_scales == 4
+
+
+class InfinitePadding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 3, 1)
+        self.second = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(torch.relu(self.first(x)), [1, 1, 1, 1], value=float("-inf"))
+        return self.second(nn.functional.max_pool2d(x, 2))
+
+
+def test_infinite_padding_in_front_of_a_max_pool() -> None:
+    model, x = InfinitePadding(), torch.randn(2, 2, 4, 4)
+    before = model(x)
+    assert pathlift.rescaling_group(model, x).num_scales == 3
+    report = pathlift.condition_(model, x)
+    assert np.isfinite(report.imbalance_after)
+    assert torch.equal(before, model(x))

@@ -26,7 +26,7 @@ TORCHVISION = {
     "vgg11_bn": 32,
     "densenet121": 64,
     "googlenet": 96,
-    "inception_v3": 224,
+    "inception_v3": 299,
     "mobilenet_v2": 64,
     "mnasnet1_0": 64,
     "shufflenet_v2_x1_0": 64,

@@ -825,7 +825,7 @@ def _pad(
     value: Any = None,
 ) -> Lifted:
     mode, value = (mode, value) if isinstance(mode, str) else ("constant", mode)
-    if value:
+    if value and math.isfinite(value):  # -inf (in front of a max pool) starts no path
         ones = torch.ones_like(x.tensor)
         border = 1 - F.pad(ones, list(widths))
         return _plus(c, x.map(lambda t: F.pad(t, list(widths))), border * abs(value))

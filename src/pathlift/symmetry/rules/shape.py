@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -203,7 +204,8 @@ def pad(
     shape = shape_of(node)
     constant = mode == "constant" or not isinstance(mode, str)
     fill = (value if isinstance(mode, str) else mode) if constant else 0
-    if constant and fill not in (None, 0, 0.0, False):
+    # Zero and infinity may carry any scale: 2**s leaves them what they are.
+    if constant and fill not in (None, 0, 0.0, False, math.inf, -math.inf):
         refuse()
     rank = len(x.shape)
     padded = {rank - 1 - k // 2 for k, w in enumerate(widths) if w}
