@@ -353,7 +353,10 @@ def _trace_export(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(model, inputs.args, inputs.kwargs or None, strict=False)
-        if mutates_aliases(exported.graph_module.graph):
+        graph = exported.graph_module.graph
+        # Blocks under no_grad or autocast come as nested graphs; the second pass inlines them.
+        nested = any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in graph.nodes)
+        if nested or mutates_aliases(graph):
             exported = exported.run_decompositions({})
     signature = exported.graph_signature
     tensors: dict[str, str] = {}

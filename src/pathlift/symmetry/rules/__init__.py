@@ -6,6 +6,7 @@ from pathlift.symmetry.rules import (
     normalization,
     pointwise,
     product,
+    recurrent,
     reduce,
     shape,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "normalization",
     "pointwise",
     "product",
+    "recurrent",
     "reduce",
     "shape",
 ]

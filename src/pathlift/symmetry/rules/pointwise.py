@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
-from pathlift.capture import shape_of
+from pathlift.capture import operation, shape_of
 from pathlift.symmetry.inference import Inference, Result, refuse, rule
 from pathlift.symmetry.scales import Form, Value
 
@@ -77,6 +78,8 @@ def add(inf: Inference, node: fx.Node, x: Any, y: Any, alpha: Any = 1) -> Result
     shape = shape_of(node)
     if not isinstance(x, Value) or not isinstance(y, Value):
         value, number = (x, y) if isinstance(x, Value) else (y, x)
+        if number != 0 and value.zero:
+            return inf.fixed(shape)
         if number != 0:
             inf.pin_all("add a constant", [value])
         return inf.form(value)
@@ -121,19 +124,130 @@ def _bind_broadcast(inf: Inference, parameter: Value, form: Form) -> None:
     "rand",
     "randn",
     "sym_size",
-    "eq",
-    "ne",
-    "le",
-    "lt",
-    "ge",
-    "gt_off",
-    "isnan",
-    "logical_not",
-    "logical_and",
 )
 def constant_like(inf: Inference, node: fx.Node, *args: Any, **_: Any) -> Result:
-    """Takes a shape from its argument, not values; comparisons are pinned below."""
-    name = str(node.target)
-    if any(f".{c}." in name or f"aten.{c}" in name for c in ("eq", "ne", "le", "lt", "ge")):
-        inf.pin_all("comparison", [a for a in args if isinstance(a, Value)])
+    """Takes a shape from its argument, not values."""
+    shape = shape_of(node)
+    return Value(shape, Form(shape), zero="zeros" in str(node.target))
+
+
+@rule("eq", "ne", "le", "lt", "ge", "gt", "greater", "less", "greater_equal", "less_equal")
+def comparison(inf: Inference, node: fx.Node, x: Any, y: Any) -> Result:
+    """``2^s x > 2^s y`` is ``x > y``: equal scales, and any scale against zero."""
+    zero = y.zero if isinstance(y, Value) else y in (0, math.inf, -math.inf)
+    if isinstance(x, Value) and not zero:
+        if isinstance(y, Value):
+            inf.equate(inf.elementwise_form(x), inf.elementwise_form(y))
+        else:
+            inf.pin_all("comparison with a number", [x])
     return inf.fixed(shape_of(node))
+
+
+@rule("sign", "sgn", "isnan", "isfinite", "isinf", "signbit", "heaviside")
+def sign(inf: Inference, node: fx.Node, x: Value, *values: Any) -> Result:
+    """Homogeneous of degree 0."""
+    for value in values:
+        if isinstance(value, Value):
+            inf.pin(value, "value at zero")
+    return inf.fixed(shape_of(node))
+
+
+@rule("argmax", "argmin", "argsort")
+def position(
+    inf: Inference, node: fx.Node, x: Value, dim: Any = None, *_: Any, **__: Any
+) -> Result:
+    """An order along a dimension does not change if all its entries have one scale."""
+    rank = len(x.shape)
+    inf.tie(
+        inf.form(x), range(rank) if not isinstance(dim, int) or isinstance(dim, bool) else [dim]
+    )
+    return inf.fixed(shape_of(node))
+
+
+@rule(
+    "logical_not",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "bitwise_not",
+    "bitwise_and",
+    "bitwise_or",
+    "any",
+    "all",
+)
+def logic(inf: Inference, node: fx.Node, *args: Any, **_: Any) -> Result:
+    """Zero or not: any scale."""
+    return inf.fixed(shape_of(node))
+
+
+@rule("glu")
+def glu(inf: Inference, node: fx.Node, x: Value, dim: int = -1) -> Result:
+    """``a * sigmoid(b)`` of the two halves: b is pinned."""
+    half = x.shape[dim] // 2
+    form = inf.form(x)
+    shape = shape_of(node)
+    inf.zero(form.map(lambda t: t.narrow(dim, half, half), shape))
+    return form.map(lambda t: t.narrow(dim, 0, half), shape)
+
+
+@rule("lerp")
+def lerp(inf: Inference, node: fx.Node, x: Value, y: Value, weight: Any) -> Result:
+    """``x + weight (y - x)``."""
+    if isinstance(weight, Value):
+        inf.pin(weight, "weight of an interpolation")
+    return add(inf, node, x, y)
+
+
+@rule("hypot", "fmax", "fmin")
+def pairwise(inf: Inference, node: fx.Node, x: Value, y: Value) -> Result:
+    """Homogeneous in both together."""
+    if x.zero or y.zero:
+        return inf.form(y if x.zero else x).expand(shape_of(node))
+    inf.equate(inf.elementwise_form(x), inf.elementwise_form(y))
+    return inf.form(x).expand(shape_of(node))
+
+
+@rule("copy")
+def copy(inf: Inference, node: fx.Node, x: Value, source: Any, *_: Any, **__: Any) -> Result:
+    """Everything is overwritten."""
+    shape = shape_of(node)
+    if not isinstance(source, Value):
+        return inf.fixed(shape)
+    if source.zero:
+        return Value(shape, Form(shape), zero=True)
+    return inf.form(source).expand(shape)
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(inf: Inference, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Result:
+    """``g v / ||v||``: the scale of ``g``; each slice of ``v`` has one of its own."""
+    rank = len(v.shape)
+    inf.tie(inf.form(v), [d for d in range(rank) if d != dim % rank] if dim != -1 else range(rank))
+    meta = node.meta.get("val")
+    if isinstance(meta, (list, tuple)):
+        return [inf.form(g).expand(meta[0].shape), inf.form(v).first([])]
+    return inf.form(g).expand(shape_of(node))
+
+
+@rule(
+    "view_as_real",
+    "view_as_complex",
+    "complex",
+    "real",
+    "imag",
+    "_conj",
+    "conj",
+    "resolve_conj",
+    "conj_physical",
+)
+def complex_parts(inf: Inference, node: fx.Node, x: Value, y: Any = None) -> Result:
+    """Real and imaginary part of a number have one scale."""
+    name, shape = operation(node), shape_of(node)
+    form = inf.form(x)
+    if name == "complex":
+        inf.equate(form, inf.form(y))
+    if name == "view_as_complex":
+        return inf.tie(form, [-1]).map(lambda t: t.squeeze(-1), shape)
+    if name == "view_as_real":
+        return form.map(lambda t: t.unsqueeze(-1).expand(shape), shape)
+    return form

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
-from pathlift.capture import shape_of
+from pathlift.capture import operation, shape_of
 from pathlift.symmetry.inference import Inference, Result, refuse, rule
 from pathlift.symmetry.scales import Form, Value
 
@@ -81,7 +82,7 @@ def _drop(t: Any, x: Value, dim: Any, shape: Any) -> Any:
     return t
 
 
-@rule("max", "min", "median", "topk_off", "cummax_off")
+@rule("max", "min", "median", "nanmedian")
 def extremum(
     inf: Inference,
     node: fx.Node,
@@ -111,10 +112,39 @@ def norm(
     keepdim: bool = False,
     **_: Any,
 ) -> Result:
-    """A norm is homogeneous of degree 1."""
-    if p == 0:
+    """A norm is homogeneous of degree 1 (others than these go through logarithms)."""
+    if p not in (1, 2, math.inf, -math.inf, "fro"):
         refuse()
     return reduction(inf, node, x, dim, keepdim)
+
+
+@rule("sort", "topk", "kthvalue", "mode", "msort")
+def ranked(inf: Inference, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Result:
+    """Values change places along one dimension; indices carry no scale."""
+    name, shape = operation(node), shape_of(node)
+    given = [a for a in args if not isinstance(a, bool)]
+    position = 1 if name in ("topk", "kthvalue") else 0
+    default = 0 if name == "msort" else -1
+    dim = kwargs.get("dim", given[position] if len(given) > position else default)
+    meta = node.meta.get("val")
+    shape = meta[0].shape if isinstance(meta, (list, tuple)) else shape
+    first = inf.tie(inf.form(x), [dim])
+    form = first.map(lambda t: _drop(t, x, dim, shape).expand(shape), shape)
+    return [form] if isinstance(meta, (list, tuple)) else form
+
+
+@rule("std", "var", "std_mean", "var_mean")
+def spread(inf: Inference, node: fx.Node, x: Value, dim: Any = None, *_: Any, **__: Any) -> Result:
+    """A standard deviation is homogeneous of degree 1, a variance of degree 2."""
+    dims = None if isinstance(dim, bool) else dim
+    meta = node.meta.get("val")
+    shape = meta[0].shape if isinstance(meta, (list, tuple)) else shape_of(node)
+    first = inf.tie(inf.form(x), _dims(x, dims))
+    form = first.map(
+        lambda t: t.reshape(shape) if t.numel() <= 1 else _drop(t, x, dims, shape), shape
+    )
+    out = form.scaled(2) if operation(node).startswith("var") else form
+    return [out, form] if isinstance(meta, (list, tuple)) else out
 
 
 @rule("cumsum", "cummax", "cummin")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pathlift.capture import shape_of
+from pathlift.capture import operation, shape_of
 from pathlift.symmetry.inference import Inference, Result, refuse, rule
 from pathlift.symmetry.scales import Form, Value, compact
 
@@ -263,12 +263,170 @@ def index_select(inf: Inference, node: fx.Node, x: Value, dim: int, which: Value
     return form.map(lambda ids: compact(ids.index_select(dim, picked)), shape)
 
 
-@rule("gather")
-def gather(inf: Inference, node: fx.Node, x: Value, dim: int, which: Value, **_: Any) -> Result:
-    """Values are moved along ``dim`` and cut elsewhere."""
+def _tied(inf: Inference, x: Value, dims: Sequence[int]) -> Form:
+    """The form with equal scales along ``dims``, in full shape."""
+    return inf.tie(inf.form(x), dims).expand(x.shape)
+
+
+@rule("gather", "take_along_dim")
+def gather(inf: Inference, node: fx.Node, x: Value, *args: Any, **_: Any) -> Result:
+    """Values are moved along one dimension and cut along the others."""
     shape = shape_of(node)
-    tied = inf.tie(inf.form(x), range(len(x.shape)))
-    return tied.expand(shape)
+    dims = [a for a in args if isinstance(a, int)] or list(range(len(x.shape)))
+    index = tuple(slice(0, n) for n in shape)
+    fixed = {d % len(x.shape) for d in dims}
+    cut = tuple(slice(0, 1) if d in fixed else s for d, s in enumerate(index))
+    return _tied(inf, x, dims).map(lambda t: t[cut].expand(shape), shape)
+
+
+@rule(
+    "scatter",
+    "scatter_add",
+    "index_add",
+    "index_copy",
+    "scatter_reduce",
+    "index_reduce",
+    "index_fill",
+)
+def scatter(
+    inf: Inference,
+    node: fx.Node,
+    x: Value,
+    dim: int,
+    which: Value,
+    source: Any,
+    *rest: Any,
+    **_: Any,
+) -> Result:
+    """Values of ``source`` land somewhere along ``dim``: one scale there, the same as ``x``'s."""
+    name = operation(node)
+    if "prod" in rest:
+        refuse()
+    target = _tied(inf, x, [dim])
+    if not isinstance(source, Value):
+        if source != 0:
+            inf.zero(target)
+        return target
+    if source.zero:
+        return target
+    given = inf.tie(inf.form(source), [dim])
+    # ``scatter`` reads source[i, j] for the positions of the index alone, which start at 0.
+    size = list(x.shape)
+    size[dim] = 1
+    if name.startswith("scatter"):
+        size = [
+            min(a, b) if d != dim % len(size) else 1
+            for d, (a, b) in enumerate(zip(size, which.shape, strict=True))
+        ]
+    cut = tuple(slice(0, n) for n in size)
+    part = given.map(lambda t: t[cut], size)
+    if x.zero and list(size[:dim] + size[dim + 1 :]) == [
+        n for d, n in enumerate(x.shape) if d != dim % len(x.shape)
+    ]:
+        return part.expand(x.shape)
+    if not x.zero:
+        inf.equate(target.map(lambda t: t[cut], size), part)
+        return target
+    inf.zero(part)
+    return Form(x.shape)
+
+
+@rule("index_put", "_unsafe_index_put", "put")
+def index_put(
+    inf: Inference, node: fx.Node, x: Value, indices: Sequence[Value | None], source: Value, *_: Any
+) -> Result:
+    """Known positions are written into the ids; others tie the dimensions they may reach."""
+    if operation(node) == "put":
+        refuse()
+    shape = shape_of(node)
+    if x.zero and source.zero:
+        return Value(shape, Form(shape), zero=True)
+    if all(i is None or i.constant is not None for i in indices) and not (_ and _[0]):
+        known = [None if i is None else i.constant for i in indices]
+        ids = inf.single(x).clone()
+        torch.ops.aten.index_put_(ids, known, inf.single(source))
+        return Form(shape, ((1, compact(ids)),))
+    dims = [d for d, i in enumerate(indices) if i is not None]
+    target = _tied(inf, x, dims)
+    flat = inf.tie(inf.form(source), range(len(source.shape) - (len(shape) - len(dims))))
+    if dims != list(range(len(dims))) or source.shape.numel() == 0:
+        refuse()
+    rest = shape[len(dims) :]
+    view = flat.map(
+        lambda t: t.reshape(t.shape[-len(rest) :] if rest else ()),
+        flat.shape[-len(rest) :] if rest else (),
+    )
+    part = Form(torch.Size(rest), tuple((c, t.expand(rest)) for c, t in view.terms))
+    if source.zero:
+        return target
+    if x.zero:
+        return part.expand(shape)
+    inf.equate(target, part)
+    return target
+
+
+@rule("select_scatter", "slice_scatter", "as_strided_scatter", "diagonal_scatter")
+def write(
+    inf: Inference, node: fx.Node, x: Value, source: Value, *args: Any, **kwargs: Any
+) -> Result:
+    """A part of the ids is overwritten, as the part of the tensor is."""
+    shape = shape_of(node)
+    if x.zero and source.zero:
+        return Value(shape, Form(shape), zero=True)
+    if inf.form(x).pinned and inf.form(source).pinned and not x.zero and not source.zero:
+        return Form(shape)
+    written = node.target(inf.single(x).contiguous(), inf.single(source), *args, **kwargs)  # type: ignore[operator]
+    return Form(shape, ((1, compact(written)),))
+
+
+@rule("im2col", "unfold_copy_off")
+def im2col(inf: Inference, node: fx.Node, x: Value, kernel: Sequence[int], *_: Any) -> Result:
+    """Patches: each channel repeated for every position of the kernel."""
+    shape = shape_of(node)
+    axis = len(x.shape) - 3
+    first = inf.tie(inf.form(x), [axis + 1, axis + 2])
+    count = math.prod(kernel)
+    return first.map(lambda t: t.squeeze(-1).repeat_interleave(count, axis).expand(shape), shape)
+
+
+@rule("col2im")
+def col2im(
+    inf: Inference, node: fx.Node, x: Value, size: Any, kernel: Sequence[int], *_: Any
+) -> Result:
+    """Sums of patches: one scale per channel."""
+    shape = shape_of(node)
+    axis = len(x.shape) - 2
+    count = math.prod(kernel)
+    form = inf.tie(inf.form(x), [axis + 1])
+    split = [*x.shape[:axis], x.shape[axis] // count, count, 1]
+    grouped = form.map(lambda t: t.reshape(split), split)
+    tied = inf.tie(grouped, [axis + 1])
+    return tied.map(lambda t: t.expand([*split[:-2], 1, 1]).expand(shape), shape)
+
+
+@rule(
+    "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2",
+    "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn",
+)  # fmt: skip
+def fourier(
+    inf: Inference, node: fx.Node, x: Value, sizes: Any = None, dim: Any = None, *_: Any, **__: Any
+) -> Result:
+    """Linear along the transformed dimensions."""
+    name, rank = operation(node), len(x.shape)
+    if name.endswith("2"):
+        default: list[int] = [-2, -1]
+    else:
+        default = list(range(rank)) if name.endswith("n") else [-1]
+    dims = default if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    return inf.tie(inf.form(x), dims).expand(shape_of(node))
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sample(inf: Inference, node: fx.Node, x: Value, grid: Value, *_: Any) -> Result:
+    """Linear in the image for pinned positions."""
+    inf.pin(grid, "positions of a grid sample")
+    dims = list(range(2, len(x.shape)))
+    return inf.tie(inf.form(x), dims).expand(shape_of(node))
 
 
 @rule("masked_fill", "where")
@@ -277,7 +435,8 @@ def masked(inf: Inference, node: fx.Node, *args: Any) -> Result:
     shape = shape_of(node)
     name = str(node.target)
     mask, values = (args[1], (args[0], args[2])) if "masked_fill" in name else (args[0], args[1:])
-    inf.pin(mask, "mask")
+    if not values:  # where(mask): positions, known only at run time
+        refuse()
     live = []
     for v in values:
         zero = v.zero if isinstance(v, Value) else v == 0
