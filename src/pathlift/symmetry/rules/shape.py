@@ -405,9 +405,12 @@ def col2im(
 
 
 @rule(
-    "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2",
-    "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn",
-)  # fmt: skip
+    *(
+        f"fft_{kind}{suffix}"
+        for kind in ("fft", "ifft", "rfft", "irfft")
+        for suffix in ("", "2", "n")
+    )
+)
 def fourier(
     inf: Inference, node: fx.Node, x: Value, sizes: Any = None, dim: Any = None, *_: Any, **__: Any
 ) -> Result:
