@@ -148,6 +148,24 @@ def test_random_fully_connected_graphs(seed: int, widths: list[int], bias: bool)
     check(Net(), x, x)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_parameter_met_twice_by_one_path(seed: int) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(3, 3, bias=seed % 2 == 0)
+            self.tied = nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.shared(torch.relu(self.shared(x))))
+            code = torch.relu(F.linear(h, self.tied))
+            return F.linear(code, self.tied.transpose(0, 1)) + self.shared(x)
+
+    torch.manual_seed(seed)
+    x = torch.zeros(1, 3, dtype=torch.float64)
+    check(Twice().double(), x)
+
+
 def test_values_are_per_sample() -> None:
     torch.manual_seed(0)
     model = Random(3, 2).double().eval()

@@ -48,7 +48,9 @@ def path_norm(model: nn.Module, example_inputs: object, p: float = 1) -> float:
 def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, Tensor]:
     """The diagonal of ``G = dPhi^T dPhi``: ``g_i = sum_paths (dPhi_path / dtheta_i)^2``.
 
-    One forward and one backward pass of the squared network (METHOD section 2).
+    One forward and one backward pass of the squared network (METHOD section 2). A parameter that
+    one path passes m times (a layer applied twice in a row) counts m^2 times, as the definition
+    says; for those parameters this takes one more pair of passes per entry.
 
     Returns:
         parameter name -> float64 tensor of the parameter's shape, on the parameter's device. Tied
@@ -61,7 +63,7 @@ def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, 
         ArgumentError, CaptureError: see :func:`pathlift.rescaling_group`.
     """
     program = capture(model, example_inputs)
-    found, shift, _ = diagonal(program, program.training)
+    found, shift, _ = diagonal(program, program.training, repeats=True)
     peak = max((float(g.max()) for g in found.values() if g.numel()), default=0.0)
     if peak > 0 and math.log2(peak) + shift >= 1024:
         raise PathliftError(

@@ -183,11 +183,14 @@ def diagonal(
     training: bool,
     strict: bool = True,
     dtype: torch.dtype = torch.float64,
+    repeats: bool = False,
 ) -> tuple[dict[str, Tensor], float, dict[str, int]]:
     """``diag(G)`` up to one power of two.
 
-    A parameter that one path passes m times (a layer applied twice in a row) counts m times, not
-    m^2 times: the gradient treats its uses as separate parameters on that path.
+    Args:
+        repeats: count a parameter that one path passes m times m^2 times, as the definition says.
+            Otherwise the gradient's m is taken, which costs one pass; both transform alike under
+            rescaling, and they agree wherever no path meets a parameter twice.
 
     Returns:
         name -> float64 tensor ``g * 2**-shift`` of the parameter's shape (zeros for a parameter
@@ -196,17 +199,51 @@ def diagonal(
     with torch.enable_grad():
         result = lifted_pass(program, training, 2, strict, dtype)
         names = list(result.parameters)
-        if not result.total.requires_grad:
-            grads: Sequence[Tensor | None] = [None] * len(names)
-        else:
+        grads: Sequence[Tensor | None] = [None] * len(names)
+        if result.total.requires_grad:
             grads = torch.autograd.grad(
-                result.total, [result.parameters[n] for n in names], allow_unused=True
+                result.total,
+                [result.parameters[n] for n in names],
+                allow_unused=True,
+                create_graph=repeats,
             )
-    found = {
-        n: torch.zeros_like(result.parameters[n]) if g is None else _rescaled(g, result.units[n])
-        for n, g in zip(names, grads, strict=True)
-    }
+        found = {}
+        for name, gradient in zip(names, grads, strict=True):
+            u = result.parameters[name]
+            g = torch.zeros_like(u) if gradient is None else gradient.detach()
+            if repeats and gradient is not None and _reused(program, training, name):
+                g = g + u.detach() * _second_derivatives(gradient, u)
+            found[name] = _rescaled(g, result.units[name])
     return found, result.shift, result.approximated
+
+
+def _reused(program: Program, training: bool, name: str) -> bool:
+    """Whether the graph reads the parameter, or a view of it, more than once."""
+    graph = program.graph(training)
+    chain = [n for n in graph.nodes if n.op == "placeholder" and graph.tensors.get(n.name) == name]
+    while chain:
+        node = chain.pop()
+        if len(node.users) > 1:
+            return True
+        chain += [user for user in node.users if len(user.all_input_nodes) == 1]
+    return False
+
+
+def _second_derivatives(gradient: Tensor, u: Tensor) -> Tensor:
+    """``d2F / du_i^2`` for every entry: ``u^m c`` has ``m(m-1) u^(m-2) c``, so that
+    ``F_u + u F_uu = m^2 u^(m-1) c``."""
+    if not gradient.requires_grad:
+        return torch.zeros_like(u)
+    # The whole tensor at once tells whether any path meets it twice.
+    (along,) = torch.autograd.grad(gradient, u, u.detach(), retain_graph=True, allow_unused=True)
+    if along is None or not bool(along.any()):
+        return torch.zeros_like(u)
+    flat = gradient.reshape(-1)
+    entries = [
+        torch.autograd.grad(flat[k], u, retain_graph=True)[0].reshape(-1)[k]
+        for k in range(u.numel())
+    ]
+    return torch.stack(entries).reshape(u.shape)
 
 
 def _unit_exponent(q: Tensor) -> int:
