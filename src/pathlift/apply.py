@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,8 @@ def rescale_(
     model = check_model(model)
     variables = group.variables(log2_scales)
     exact = bool((variables == np.round(variables)).all())
-    parameters, _, _ = named_tensors(model)
+    named, buffers, _ = named_tensors(model)
+    parameters: dict[str, Tensor] = {**buffers, **named}
     changes: list[tuple[str, Tensor, Factors]] = []
     for name, spec in group.parameters.items():
         if name not in parameters:
@@ -156,7 +157,7 @@ def _in_range(name: str, parameter: Tensor, exponents: Factors) -> Factors:
 
 
 def scale_bounds(
-    group: RescalingGroup, parameters: dict[str, nn.Parameter]
+    group: RescalingGroup, parameters: Mapping[str, Tensor]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Bounds ``(H,)`` on the free log2 scales within which no parameter leaves its dtype's range.
 

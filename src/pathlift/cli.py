@@ -67,12 +67,14 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", _inspect, "Show every scale of a model, and what pins the rest.")
     model_options(sub)
+    sub.add_argument("--batch-norm", choices=("pinned", "invariant"), default="pinned")
     sub = command("condition", _condition, "Condition a model and write its weights.")
     model_options(sub)
     sub.add_argument("-o", "--output", type=Path, required=True, help="out.safetensors")
     sub.add_argument("--criterion", default="path-kernel")
     sub.add_argument("--solver", default="newton", help="newton or coordinate")
     sub.add_argument("--tol", type=float, default=1e-8)
+    sub.add_argument("--batch-norm", choices=("pinned", "invariant"), default="pinned")
     sub.add_argument("--no-exact", action="store_true", help="continuous scales, not powers of two")
     sub = command("norms", _norms, "Path norms and the imbalance of the path kernel.")
     model_options(sub)
@@ -91,12 +93,12 @@ def _inspect(args: Any) -> dict[str, Any]:
 
     model, inputs = _load(args)
     _progress("finding the rescaling group")
-    group = pathlift.rescaling_group(model, inputs)
-    pinned = {n: s.why_pinned for n, s in group.parameters.items() if not s.terms}
+    group = pathlift.rescaling_group(model, inputs, batch_norm=args.batch_norm)
+    pinned = {n: group.why_pinned(n) for n in group.parameters}
     data = {
         "num_scales": group.num_scales,
         "parameters": {n: list(s.shape) for n, s in group.parameters.items()},
-        "pinned": pinned,
+        "pinned": {n: reasons for n, reasons in pinned.items() if reasons},
         "unsupported": group.unsupported,
     }
     return {"data": data, "text": group.summary()}
@@ -115,6 +117,7 @@ def _condition(args: Any) -> dict[str, Any]:
         solver=args.solver,
         tol=args.tol,
         exact=not args.no_exact,
+        batch_norm=args.batch_norm,
     )
     _progress(f"writing {args.output}")
     _save(model, args.output)

@@ -34,6 +34,7 @@ def condition_(
     solver: str = "newton",
     tol: float = 1e-8,
     verify: bool = True,
+    batch_norm: str = "pinned",
 ) -> ConditioningReport:
     """Rescale ``model`` in place so that its path kernel is closest to a multiple of the identity.
 
@@ -53,6 +54,9 @@ def condition_(
         solver: ``"newton"`` or ``"coordinate"`` (the published algorithm).
         tol: bound on the certificate ``max |dF/ds| / p``.
         verify: run the model before and after and compare the outputs.
+        batch_norm: ``"pinned"`` or ``"invariant"`` (also rescale in front of batch norms, with
+            their running statistics; exact up to ``eps``, so outputs change slightly); see
+            :func:`pathlift.rescaling_group`.
 
     Returns:
         The report.
@@ -73,10 +77,10 @@ def condition_(
         program = capture(model, example_inputs)
     _check_finite(program)
     with _timed(seconds, "symmetry"):
-        group = infer_group(program)
+        group = infer_group(program, batch_norm)
     with _timed(seconds, "criterion"):
         coefficients = coefficients_of(program)
-        lower, upper = scale_bounds(group, program.parameters)
+        lower, upper = scale_bounds(group, {**program.buffers, **program.parameters})
         trainable = {n: p.requires_grad for n, p in program.parameters.items()}
         assembled = assemble(group, coefficients.values, trainable, lower, upper)
     with _timed(seconds, "solve"):
@@ -99,7 +103,8 @@ def condition_(
         change = None
         if reference is not None:
             try:
-                change = _difference(reference, _outputs(model, program), exact)
+                keeps_bits = exact and batch_norm == "pinned"
+                change = _difference(reference, _outputs(model, program), keeps_bits)
             except BaseException:
                 rescale_(model, group, -scales, optimizer)
                 raise

@@ -45,7 +45,7 @@ class RandomGraph(nn.Module):
         values = [x]
         for k, (kind, reads, number) in enumerate(self.plan):
             a, b = (values[i] for i in reads)
-            layer = self.layers[str(k)] if str(k) in self.layers else None
+            layer = self.layers[str(k)] if str(k) in self.layers else None  # noqa: SIM401
             values.append(OPERATIONS[kind](a, b, layer, self.gains[str(k)], number))
         return self.head(values[-1]) + self.head(values[len(values) // 2]).mean()
 

@@ -106,7 +106,10 @@ def assemble(
             forms.append(rows[0])
         else:
             blocks.append(MatrixBlock(matrix.contiguous(), rows[0], rows[1]))
-    dead = np.flatnonzero((entering == 0) | (leaving == 0))
+    gains, loses = _sides(group, coefficients)
+    dead = np.flatnonzero(
+        (gains & (entering == 0)) | (loses & (leaving == 0)) | (entering + leaving == 0)
+    )
     lower, upper = lower.copy(), upper.copy()
     lower[dead] = upper[dead] = 0.0
     stacked = sp.csr_array(sp.vstack(forms)) if forms else sp.csr_array((0, h))
@@ -124,6 +127,27 @@ def assemble(
         layers(group),
     )
     return Assembled(problem, log_sum / count if count else 0.0, dead)
+
+
+def _sides(
+    group: RescalingGroup, coefficients: Mapping[str, Tensor]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Per free scale, whether any entry (also with g = 0) grows with it, and whether any shrinks.
+
+    A scale with one side only (in front of a batch norm whose statistics move along) still has a
+    minimiser; one of whose sides all entries have g = 0 is dead.
+    """
+    positive, negative = group.basis > 0, group.basis < 0
+    gains = np.zeros(group.num_scales, dtype=bool)
+    loses = np.zeros(group.num_scales, dtype=bool)
+    for name in coefficients:
+        for coefficient, ids in group.parameters[name].terms:
+            rows = np.unique(ids.numpy())
+            up = positive[rows].indices if coefficient > 0 else negative[rows].indices
+            down = negative[rows].indices if coefficient > 0 else positive[rows].indices
+            gains[up] = True
+            loses[down] = True
+    return gains, loses
 
 
 def _log_sum(g: Tensor) -> float:

@@ -13,7 +13,7 @@ from math import gcd
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 Int = NDArray[np.int64]
 
@@ -25,6 +25,8 @@ class Equations:
     size: int = 1
     pairs: list[tuple[Int, Int]] = field(default_factory=list)
     rows: list[tuple[tuple[int, ...], tuple[Int, ...]]] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)  # of pairs, what demanded them
+    _before: Int | None = None
 
     def fresh(self, count: int) -> range:
         """``count`` new variables."""
@@ -32,12 +34,14 @@ class Equations:
         self.size += count
         return range(start, self.size)
 
-    def add(self, coefficients: Sequence[int], ids: Sequence[Int]) -> None:
+    def add(self, coefficients: Sequence[int], ids: Sequence[Int], origin: str = "") -> None:
         """Add one equation per entry of the (equally long, flat) id arrays."""
         if len(coefficients) == 1:
             self.pairs.append((ids[0], np.zeros_like(ids[0])))
+            self.origins.append(origin)
         elif len(coefficients) == 2 and coefficients[0] == -coefficients[1]:
             self.pairs.append((ids[0], ids[1]))
+            self.origins.append(origin)
         else:
             self.rows.append((tuple(coefficients), tuple(ids)))
 
@@ -59,6 +63,7 @@ class Equations:
                         ),
                     )
                 )
+                self.origins.append("products of scales")
             labels = self._components()
             rows = self._rows_over(labels)
         count = int(labels.max()) + 1
@@ -76,6 +81,27 @@ class Equations:
             shape=(count, len(free)),
         )
         return classes[labels]
+
+    def why_zero(self, variable: int) -> str | None:
+        """What pins a variable: the equation nearest to it that sets a scale to zero.
+
+        The equalities are edges between variables; of a shortest path from the variable to 0 the
+        last edge is the one that pins.
+        """
+        if self._before is None:
+            left = np.concatenate([a for a, _ in self.pairs]) if self.pairs else np.zeros(0, int)
+            right = np.concatenate([b for _, b in self.pairs]) if self.pairs else np.zeros(0, int)
+            graph = sp.coo_array((np.ones(len(left), np.int8), (left, right)), (self.size,) * 2)
+            _, self._before = breadth_first_order(graph.tocsr(), 0, directed=False)
+        if variable == 0 or self._before[variable] < 0:
+            return None
+        while self._before[variable] != 0:
+            variable = int(self._before[variable])
+        for (a, b), origin in zip(self.pairs, self.origins, strict=True):
+            hit = ((a == variable) & (b == 0)) | ((b == variable) & (a == 0))
+            if bool(hit.any()):
+                return origin
+        return None
 
     def _components(self) -> Int:
         if self.pairs:

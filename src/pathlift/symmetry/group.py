@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from pathlift.capture import Program, capture
 from pathlift.errors import ArgumentError
 from pathlift.symmetry import rules
-from pathlift.symmetry.equations import eliminate
+from pathlift.symmetry.equations import Equations, eliminate
 from pathlift.symmetry.inference import Inference, axis_components
 from pathlift.symmetry.scales import collapse, varying
 
@@ -35,18 +34,19 @@ class ParameterScales:
     shape: torch.Size
     terms: tuple[tuple[int, Tensor], ...]
     why_pinned: str | None = None
+    why_input: str | None = None
     uses: tuple[str, ...] = ()
+    variables: tuple[Tensor, ...] = field(default=(), repr=False)  # as the equations name them
 
     def components(self) -> list[tuple[tuple[int, ...], list[tuple[int, Tensor]]]]:
         """Terms grouped by the axes they vary along: ``[(axes, terms), ...]``, axes disjoint."""
         axes = [varying(ids) for _, ids in self.terms]
-        return [
-            (
-                tuple(sorted(frozenset().union(*(axes[k] for k in group)))),
-                [self.terms[k] for k in group],
-            )
-            for group in axis_components(axes)
-        ]
+        found: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        for group in axis_components(axes):
+            along = tuple(sorted(frozenset().union(*(axes[k] for k in group))))
+            # Terms without axes share the key () although they share no axis.
+            found.setdefault(along, []).extend(self.terms[k] for k in group)
+        return list(found.items())
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,14 @@ class RescalingGroup:
             free scales ``s``.
         parameters: per parameter, the variables its rows and columns carry.
         unsupported: operations that pinned something, with counts.
+        equations: what the basis was solved from, for the reasons in the summary.
     """
 
     num_scales: int
     basis: sp.csr_array
     parameters: dict[str, ParameterScales]
     unsupported: dict[str, int] = field(default_factory=dict)
+    equations: Equations | None = field(default=None, repr=False, compare=False)
 
     def variables(self, log2_scales: Tensor | NDArray[np.generic]) -> NDArray[np.float64]:
         """Log2 scale of every variable, float64, shape (variables,)."""
@@ -125,23 +127,89 @@ class RescalingGroup:
         rescale_(model, self, log2_scales)
 
     def summary(self) -> str:
-        """A table: per parameter, how many rows and columns scale, or why none does."""
-        lines = [f"{self.num_scales} free scales"]
+        """Per parameter: which dimensions scale, with which others, and what pins the rest.
+
+        ``dim 0: 64 scales (with bn1.bias dim 0 and 3 more)`` says that the 64 rows carry 64 free
+        scales, which the named dimensions of other parameters carry too, with equal or opposite
+        sign. ``dim 1: pinned by gelu at 'blocks.0.act'`` names the operation that takes the
+        freedom away and the module that calls it.
+        """
+        lines = [f"{self.num_scales:,} free scales"]
         width = max((len(n) for n in self.parameters), default=0)
+        shapes = {n: "x".join(map(str, s.shape)) or "scalar" for n, s in self.parameters.items()}
+        wide = max((len(s) for s in shapes.values()), default=0)
+        users = self._users()
         for name, spec in self.parameters.items():
-            shape = "x".join(map(str, spec.shape)) or "scalar"
-            if not spec.terms:
-                lines.append(f"  {name:<{width}}  {shape:<16} pinned: {spec.why_pinned}")
-                continue
-            parts = []
-            for axes, terms in spec.components():
-                count = len(np.unique(np.concatenate([ids.numpy().ravel() for _, ids in terms])))
-                role = " and ".join(f"dim {d}" for d in axes) or "all entries"
-                parts.append(f"{role}: {count} scales")
-            lines.append(f"  {name:<{width}}  {shape:<16} " + "; ".join(parts))
+            lines.append(
+                f"  {name:<{width}}  {shapes[name]:<{wide}}  "
+                + "; ".join([*self._free_parts(spec, users), *self._pinned_parts(spec)])
+            )
         for operation, count in self.unsupported.items():
-            lines.append(f"  pinned by {operation} ({count} calls)")
+            lines.append(f"  not homogeneous or not known: {operation} ({count} calls)")
         return "\n".join(lines)
+
+    def why_pinned(self, name: str) -> dict[int, str]:
+        """Dimension -> what pins it, for the dimensions of a parameter that carry no scale."""
+        spec = self._spec(name)
+        axes = [a for a, _ in spec.components()]
+        if () in axes:
+            return {}  # all entries together carry a scale
+        free = {d for a in axes for d in a}
+        reasons: dict[int, str] = {}
+        for d, n in enumerate(spec.shape or (1,)):
+            reason = (
+                None if d in free or (n == 1 and spec.shape.numel() > 1) else self._reason(spec, d)
+            )
+            # Kernel positions and the like never carry scales; the input's dimension is said once.
+            if reason and reason not in reasons.values():
+                reasons[d] = reason
+        return reasons
+
+    def _reason(self, spec: ParameterScales, dim: int) -> str | None:
+        if not spec.uses and not spec.why_pinned:
+            return "not used by the model"
+        if self.equations is not None:
+            for ids in spec.variables:
+                if dim in varying(ids) or not varying(ids):
+                    origin = self.equations.why_zero(int(ids.flatten()[0]))
+                    if origin:
+                        return f"pinned by {origin}"
+        if spec.why_pinned:
+            return f"pinned as {spec.why_pinned}"
+        if spec.why_input:
+            return f"its input is pinned by {spec.why_input}"
+        return None if spec.terms else f"pinned around {spec.uses[0]}"
+
+    def _users(self) -> dict[int, list[tuple[str, str]]]:
+        """Variable -> the (parameter, dimensions) that carry it."""
+        users: dict[int, list[tuple[str, str]]] = {}
+        for name, spec in self.parameters.items():
+            for axes, terms in spec.components():
+                for variable in {int(v) for _, ids in terms for v in np.unique(ids.numpy())}:
+                    users.setdefault(variable, []).append((name, _dims(axes)))
+        return users
+
+    def _free_parts(
+        self, spec: ParameterScales, users: dict[int, list[tuple[str, str]]]
+    ) -> list[str]:
+        parts = []
+        for axes, terms in spec.components():
+            variables = np.unique(np.concatenate([ids.numpy().ravel() for _, ids in terms]))
+            variables = variables[variables > 0]
+            own = (spec.name, _dims(axes))
+            others = [f"{n} {d}" for n, d in users[int(variables[0])] if (n, d) != own]
+            more = f" and {len(others) - 2} more" if len(others) > 2 else ""
+            shared = f" (with {', '.join(others[:2])}{more})" if others else ""
+            plural = "scale" if len(variables) == 1 else "scales"
+            parts.append(f"{_dims(axes)}: {len(variables):,} {plural}{shared}")
+        return parts
+
+    def _pinned_parts(self, spec: ParameterScales) -> list[str]:
+        reasons = self.why_pinned(spec.name)
+        whole = not spec.terms and len(set(reasons.values())) == 1
+        if whole:
+            return [next(iter(reasons.values()))]
+        return [f"dim {d}: {reason}" for d, reason in reasons.items()]
 
     def __repr__(self) -> str:
         return f"RescalingGroup(num_scales={self.num_scales}, parameters={len(self.parameters)})"
@@ -157,22 +225,32 @@ class RescalingGroup:
         return self.parameters[name]
 
 
-def rescaling_group(model: nn.Module, example_inputs: object) -> RescalingGroup:
+def rescaling_group(
+    model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
+) -> RescalingGroup:
     """The rescaling group of ``model``; nothing is changed.
 
     Args:
         model: any module that torch.export (or plain tracing) captures.
         example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+        batch_norm: ``"pinned"`` (the input of a batch norm has no scale; every element of the
+            group is exact) or ``"invariant"`` (the input is free too, and ``running_mean`` and
+            ``running_var`` are rescaled along; exact up to the norm's ``eps``).
 
     Raises:
         ArgumentError, CaptureError: see :func:`pathlift.capture.capture`.
     """
-    return infer_group(capture(model, example_inputs))
+    return infer_group(capture(model, example_inputs), batch_norm)
 
 
-def infer_group(program: Program) -> RescalingGroup:
+def infer_group(program: Program, batch_norm: str = "pinned") -> RescalingGroup:
     """The group of a captured program: inference, then a basis of the solutions."""
-    inference = Inference(program)
+    if batch_norm not in ("pinned", "invariant"):
+        raise ArgumentError(
+            f"batch_norm must be 'pinned' or 'invariant'; found {batch_norm!r}. 'pinned' keeps "
+            f"every bit, 'invariant' also frees what stands in front of a batch norm, up to eps."
+        )
+    inference = Inference(program, free_batch_norms=batch_norm == "invariant")
     solution = inference.equations.solve()
     # Name variables by the distinct rows of the solution, 0 for those that are always zero.
     variable, basis = _distinct_rows(solution)
@@ -188,10 +266,17 @@ def infer_group(program: Program) -> RescalingGroup:
                 if small.numel() and bool(small.any()):
                     terms.append((coefficient, small))
         specs[name] = ParameterScales(
-            name, leaf.shape, _cancel(terms), _reason(leaf, not terms), tuple(leaf.uses)
+            name,
+            leaf.shape,
+            _cancel(terms),
+            leaf.why_pinned,
+            leaf.why_input,
+            tuple(leaf.uses),
+            tuple(ids for _, ids in leaf.form.terms) if leaf.form is not None else (),
         )
     basis = _restrict_to_effect(basis, specs)
-    return RescalingGroup(basis.shape[1], basis, specs, dict(inference.pinned_by))
+    pinned_by = dict(inference.pinned_by.most_common())
+    return RescalingGroup(basis.shape[1], basis, specs, pinned_by, inference.equations)
 
 
 def _cancel(terms: list[tuple[int, Tensor]]) -> tuple[tuple[int, Tensor], ...]:
@@ -207,14 +292,8 @@ def _cancel(terms: list[tuple[int, Tensor]]) -> tuple[tuple[int, Tensor], ...]:
     return tuple((c, ids) for c, ids in merged if c)
 
 
-def _reason(leaf: object, pinned: bool) -> str | None:
-    if not pinned:
-        return None
-    why = getattr(leaf, "why_pinned", None)
-    if why:
-        return str(why)
-    uses = getattr(leaf, "uses", [])
-    return f"its scales are pinned around {uses[0]}" if uses else "not used by the model"
+def _dims(axes: tuple[int, ...]) -> str:
+    return "dim " + " and ".join(map(str, axes)) if axes else "all entries"
 
 
 def _distinct_rows(solution: sp.csr_array) -> tuple[NDArray[np.int64], sp.csr_array]:
@@ -314,8 +393,3 @@ def _restrict_to_effect(basis: sp.csr_array, specs: dict[str, ParameterScales]) 
         useless = {v for v in range(count) if v not in solved}
     keep = np.array([v for v in range(count) if v not in useless], dtype=np.int64)
     return sp.csr_array(basis[:, keep]) if len(keep) else sp.csr_array((basis.shape[0], 0))
-
-
-def count_operations(unsupported: Counter[str]) -> dict[str, int]:
-    """Plain dict, most frequent first."""
-    return dict(unsupported.most_common())

@@ -46,14 +46,19 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 class Inference:
     """Walks the graphs of a program and collects equations; rules call its methods."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, free_batch_norms: bool = False) -> None:
         self.program = program
+        self.free_batch_norms = free_batch_norms
         self.equations = Equations()
         self.leaves = {
             name: Leaf(name, p.shape)
             for name, p in program.parameters.items()
             if p.is_floating_point()
         }
+        if free_batch_norms:
+            self.leaves |= {
+                n: Leaf(n, program.buffers[n].shape) for n in running_statistics(program)
+            }
         self.pinned_by: Counter[str] = Counter()
         self.node: fx.Node | None = None
         # Ids are kept alive so that views of them keep distinct addresses.
@@ -67,13 +72,13 @@ class Inference:
         env: dict[fx.Node, Any] = {}
         for node in graph.nodes:
             self.node = node
-            if node in graph.constants:
+            if node in graph.constants and graph.tensors.get(node.name) not in self.leaves:
                 env[node] = self._known(graph.constants[node])
             elif node.op == "placeholder":
                 env[node] = self._placeholder(graph, node)
             elif node.op == "output":
                 for out in graph.outputs():
-                    self._pin_nested(env.get(out), "the network's output")
+                    self._pin_nested(env.get(out), "the model's output")
             else:
                 env[node] = self._call(node, env)
                 if in_place(node) and isinstance(node.args[0], fx.Node):
@@ -86,7 +91,7 @@ class Inference:
             return Value(leaf.shape, None, leaf)
         if not isinstance(node.meta.get("val"), Tensor):
             return None
-        return self.fixed(shape_of(node))
+        return self.fixed(shape_of(node), "the model's input")
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         args: Any = fx.node.map_arg(node.args, lambda n: env.get(n))
@@ -124,8 +129,10 @@ class Inference:
         if isinstance(result, Value):
             return result
         if isinstance(result, Form):
+            if result.pinned and result.why is None:
+                return self.fixed(shape, self._here())
             return Value(shape, result if result.shape == shape else result.expand(shape))
-        return self.fixed(shape)
+        return self.fixed(shape, self._here())
 
     # ------------------------------------------------------- making values
 
@@ -138,11 +145,12 @@ class Inference:
         """A tensor that is known and never rescaled."""
         tensor = tensor.detach()
         zero = tensor.numel() > 0 and tensor.numel() <= 1_000_000 and not bool(tensor.any())
-        return Value(tensor.shape, Form(tensor.shape), constant=tensor, zero=zero)
+        form = Form(tensor.shape, why="a constant")
+        return Value(tensor.shape, form, constant=tensor, zero=zero)
 
-    def fixed(self, shape: Sequence[int]) -> Value:
+    def fixed(self, shape: Sequence[int], why: str | None = None) -> Value:
         """A tensor of scale 0."""
-        return Value(torch.Size(shape), Form(torch.Size(shape)))
+        return Value(torch.Size(shape), Form(torch.Size(shape), why=why))
 
     def fresh(self, shape: Sequence[int]) -> Tensor:
         """New variables, one per element of ``shape``."""
@@ -204,6 +212,11 @@ class Inference:
         else:
             self.equate(self.form(value), form)
 
+    def note_input(self, value: Value, form: Form) -> None:
+        """Remember why a new parameter has no scale to undo: its other factor is pinned."""
+        if self.is_new(value) and form.pinned and value.leaf is not None:
+            value.leaf.why_input = form.why
+
     def is_new(self, value: Value | None) -> bool:
         """Whether the value is a parameter that no operation has consumed yet."""
         return (
@@ -214,8 +227,14 @@ class Inference:
         )
 
     def _use(self, leaf: Leaf) -> None:
-        if self.node is not None:
-            leaf.uses.append(f"{operation(self.node)} at '{module_path(self.node)}'")
+        leaf.uses.append(self._here())
+
+    def _here(self) -> str:
+        """The operation at hand, for messages."""
+        if self.node is None or self.node.op == "output":
+            return "the model's output"
+        path = module_path(self.node)
+        return f"{operation(self.node)} at '{path}'" if path else operation(self.node)
 
     # ---------------------------------------------------- adding equations
 
@@ -259,7 +278,7 @@ class Inference:
         if value is None or (value.form is not None and value.form.pinned) or value.zero:
             return
         if value.leaf is not None and value.form is None and value.leaf.why_pinned is None:
-            value.leaf.why_pinned = why
+            value.leaf.why_pinned = why if why in (None, self._here()) else f"{why}, {self._here()}"
         if self.is_new(value):
             self.bind(value, Form(value.shape))
         else:
@@ -292,11 +311,33 @@ class Inference:
         if grids[0].numel() > _MAX_EQUATIONS:
             raise _Refused
         flat = [g.reshape(-1).numpy() for g in grids]
-        self.equations.add([c for c, _ in terms], flat)
+        self.equations.add([c for c, _ in terms], flat, self._here())
 
     def _pin_nested(self, value: Any, why: str) -> None:
         for v in values_in(value):
             self.pin(v, why)
+
+
+# Batch norms that read running statistics, as arguments 3 and 4.
+BATCH_NORMS = frozenset(
+    ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm")
+    + ("_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional")
+    + ("_batch_norm_with_update", "_batch_norm_no_update", "_batch_norm_with_update_functional")
+)
+
+
+def running_statistics(program: Program) -> list[str]:
+    """Buffers that only batch norms read, as running mean or variance."""
+    found: dict[str, bool] = {}
+    for graph in program.graphs:
+        for node in graph.nodes:
+            name = graph.tensors.get(node.name, "")
+            if node.op == "placeholder" and name in program.buffers and node.users:
+                fits = all(
+                    operation(user) in BATCH_NORMS and node in user.args[3:5] for user in node.users
+                )
+                found[name] = found.get(name, True) and fits
+    return [name for name, fits in found.items() if fits]
 
 
 class _Refused(Exception):

@@ -48,10 +48,14 @@ def compact(ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Form:
-    """A sum of ``coefficient * ids``; no term at all means scale 0 everywhere (pinned)."""
+    """A sum of ``coefficient * ids``; no term at all means scale 0 everywhere (pinned).
+
+    ``why`` says what pinned a form without terms, for the summary.
+    """
 
     shape: torch.Size
     terms: tuple[tuple[int, Tensor], ...] = ()
+    why: str | None = None
 
     @property
     def pinned(self) -> bool:
@@ -60,11 +64,12 @@ class Form:
 
     def map(self, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Form:
         """Apply a shape operation to the ids of every term."""
-        return Form(torch.Size(shape), tuple((c, function(ids)) for c, ids in self.terms))
+        return Form(torch.Size(shape), tuple((c, function(ids)) for c, ids in self.terms), self.why)
 
     def scaled(self, factor: int) -> Form:
         """``factor`` times this form (the scale of an integer power)."""
-        return Form(self.shape, tuple((c * factor, ids) for c, ids in self.terms if factor))
+        terms = tuple((c * factor, ids) for c, ids in self.terms if factor)
+        return Form(self.shape, terms, self.why)
 
     def expand(self, shape: Sequence[int]) -> Form:
         """Broadcast to ``shape``."""
@@ -88,17 +93,21 @@ def add_forms(*forms: Form) -> Form:
             old = merged.get(key, (0, ids))[0]
             merged[key] = (old + coefficient, ids)
     terms = tuple((c, ids) for c, ids in merged.values() if c)
-    return Form(forms[0].shape, terms)
+    return Form(forms[0].shape, terms, next((f.why for f in forms if f.why), None))
 
 
 @dataclass
 class Leaf:
-    """A parameter, whose form is set by the first operation that consumes it."""
+    """A parameter, whose form is set by the first operation that consumes it.
+
+    ``why_input``: what pins the other factor of its first product, where that is pinned.
+    """
 
     name: str
     shape: torch.Size
     form: Form | None = None
     why_pinned: str | None = None
+    why_input: str | None = None
     uses: list[str] = field(default_factory=list)
 
 

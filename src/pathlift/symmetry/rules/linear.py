@@ -141,6 +141,7 @@ def _channels(inf: Inference, x: Value, axis: int) -> Form:
 def _bind(inf: Inference, w: Value, rows: Any, cols: Form) -> None:
     """``w`` carries output scale minus input scale."""
     shape = w.shape
+    inf.note_input(w, cols)
     inf.bind(
         w,
         add_forms(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from pathlift.capture import shape_of
-from pathlift.symmetry.inference import Inference, Result, rule
+from pathlift.capture import operation, shape_of
+from pathlift.symmetry.inference import BATCH_NORMS, Inference, Result, rule
 from pathlift.symmetry.scales import Form, Value
 
 
@@ -38,28 +38,32 @@ def _affine(
     return [form] if isinstance(meta, (list, tuple)) else form
 
 
-@rule(
-    "batch_norm",
-    "instance_norm",
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm",
-    "_batch_norm_with_update",
-    "_native_batch_norm_legit_functional",
-    "_batch_norm_no_update",
-    "_batch_norm_with_update_functional",
-)
+@rule("instance_norm", *BATCH_NORMS)
 def batch_norm(
     inf: Inference,
     node: fx.Node,
     x: Value,
     weight: Value | None = None,
     bias: Value | None = None,
+    mean: Value | None = None,
+    variance: Value | None = None,
     *_: Any,
     **__: Any,
 ) -> Result:
-    """``gamma (x - mu) / sigma + beta``; channels on dimension 1."""
+    """``gamma (x - mu) / sigma + beta``; channels on dimension 1.
+
+    The input is pinned, or (the optional family) free where the running statistics are rescaled
+    along: ``mu`` with the input's scale, ``sigma^2`` with twice that.
+    """
+    statistics = [v for v in (mean, variance) if isinstance(v, Value)]
+    carried = all(v.leaf is not None for v in statistics)
+    if inf.free_batch_norms and carried and operation(node) != "instance_norm":
+        count = x.shape[1]
+        tied = inf.tie(inf.form(x), [d for d in range(len(x.shape)) if d != 1])
+        channels = tied.map(lambda t: t.reshape(count), (count,))
+        for power, value in enumerate(statistics, 1):
+            inf.bind(value, channels.scaled(power))
+        x = inf.fixed(x.shape)
     return _affine(inf, node, x, weight, bias, [1])
 
 

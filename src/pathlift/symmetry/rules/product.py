@@ -57,6 +57,7 @@ def contraction(
     ]
     given = inf.tie(given, [d for d in contracted if d not in own]).expand(full)
     along, across = _separate(inf, given, own)
+    inf.note_input(value, along)
     fresh = inf.fresh_form(full, [d for d in own if d < len(out)] or [])
     bound = add_forms(fresh, along.scaled(-1)).first([d for d in range(len(grid)) if d not in own])
     order = [grid.index(k) for k in labels]
@@ -99,7 +100,8 @@ def _separate(inf: Inference, form: Form, own: Sequence[int]) -> tuple[Form, For
     for term in form.terms:
         dims = varying(term[1])
         (along if dims <= inside else mixed if dims & inside else across).append(term)
-    a, c = Form(form.shape, tuple(along)), Form(form.shape, tuple(across))
+    a = Form(form.shape, tuple(along), form.why)
+    c = Form(form.shape, tuple(across), form.why)
     if not mixed:
         return a, c
     rest = Form(form.shape, tuple(mixed))
