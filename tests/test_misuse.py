@@ -142,7 +142,8 @@ CASES: list[tuple[str, Callable[[], nn.Module], Callable[[Any], Any], type, str]
         net,
         lambda m: C(m, X, criterion="hessian"),
         E,
-        "criterion 'hessian' is unknown. Supported: 'path-kernel'.",
+        "criterion 'hessian' is unknown. Supported: 'path-kernel', 'weight-norm', 'range', "
+        "pathlift.criteria.fisher(...), or a mapping of parameter name to coefficients.",
     ),
     (
         "solver",

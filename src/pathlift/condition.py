@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from pathlift.apply import rescale_, scale_bounds
 from pathlift.capture import Program, capture, check_model, preserved, tensors_in
-from pathlift.criteria import criterion_named
+from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, VerificationError
 from pathlift.report import ConditioningReport
-from pathlift.solve import solve
+from pathlift.solve import solve, value
 from pathlift.solve.assemble import assemble
 from pathlift.solve.integer import round_scales
-from pathlift.solve.problem import objective
 from pathlift.symmetry.group import infer_group
 
 
@@ -28,13 +27,14 @@ def condition_(
     model: nn.Module,
     example_inputs: object,
     *,
-    criterion: str = "path-kernel",
+    criterion: str | Criterion | Mapping[str, Tensor] = "path-kernel",
     exact: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
     solver: str = "newton",
     tol: float = 1e-8,
     verify: bool = True,
     batch_norm: str = "pinned",
+    reference: Mapping[str, Tensor] | None = None,
 ) -> ConditioningReport:
     """Rescale ``model`` in place so that its path kernel is closest to a multiple of the identity.
 
@@ -47,7 +47,10 @@ def condition_(
             ``torch.compile`` wrappers are looked through.
         example_inputs: one batch as forward takes it: a tensor, a tuple of positional arguments
             or a dict of keyword arguments. Only shapes matter; one or two samples are enough.
-        criterion: ``"path-kernel"``.
+        criterion: ``"path-kernel"``, ``"weight-norm"`` (ENorm), ``"range"`` (cross-layer
+            equalization), a function from :mod:`pathlift.criteria` (``weight_norm(q=1)``,
+            ``fisher(model, batches, loss)``), or a mapping of parameter name to coefficients
+            ``g``, for which the same F is minimised.
         exact: round the scales to integers, so that every output keeps all its bits. Otherwise
             the continuous optimum is applied and outputs change by rounding errors.
         optimizer: optimiser whose state is carried along (mid-training use).
@@ -57,6 +60,8 @@ def condition_(
         batch_norm: ``"pinned"`` or ``"invariant"`` (also rescale in front of batch norms, with
             their running statistics; exact up to ``eps``, so outputs change slightly); see
             :func:`pathlift.rescaling_group`.
+        reference: diagonal ``r`` of the reference kernel, by parameter name; all ones if None.
+            The coefficients become ``g / r``.
 
     Returns:
         The report.
@@ -69,7 +74,7 @@ def condition_(
     In every case of failure the model is unchanged.
     """
     _check_arguments(exact, optimizer, tol, verify)
-    coefficients_of = criterion_named(criterion)
+    coefficients_of = as_criterion(criterion, reference)
     model = check_model(model)
     seconds: dict[str, float] = {}
 
@@ -82,37 +87,38 @@ def condition_(
         coefficients = coefficients_of(program)
         lower, upper = scale_bounds(group, {**program.buffers, **program.parameters})
         trainable = {n: p.requires_grad for n, p in program.parameters.items()}
-        assembled = assemble(group, coefficients.values, trainable, lower, upper)
+        assembled = assemble(group, coefficients, trainable, lower, upper)
     with _timed(seconds, "solve"):
         problem = assembled.problem
         solution = solve(problem, solver, tol)
         scales: NDArray[Any] = solution.log2_scales
+        origin = np.zeros(group.num_scales)
         if exact:
             scales = round_scales(problem, scales)
-        before = assembled.imbalance(objective(problem, np.zeros(group.num_scales)))
-        after = assembled.imbalance(objective(problem, scales.astype(np.float64)))
-        if after >= before:  # integers near the optimum may be no better than staying
-            scales, after = np.zeros_like(scales), before
-    reference = None
+        chosen = scales.astype(np.float64)
+        if value(problem, chosen) >= value(problem, origin):
+            # Integers near the optimum may be no better than staying.
+            scales, chosen = np.zeros_like(scales), origin
+    outputs = None
     with _timed(seconds, "verify"):
         if verify:
-            reference = _outputs(model, program)
+            outputs = _outputs(model, program)
     with _timed(seconds, "apply"):
         rescale_(model, group, scales, optimizer)
     with _timed(seconds, "verify"):
         change = None
-        if reference is not None:
+        if outputs is not None:
             try:
                 keeps_bits = exact and batch_norm == "pinned"
-                change = _difference(reference, _outputs(model, program), keeps_bits)
+                change = _difference(outputs, _outputs(model, program), keeps_bits)
             except BaseException:
                 rescale_(model, group, -scales, optimizer)
                 raise
     return ConditioningReport(
         num_scales=group.num_scales,
         num_parameters=problem.count,
-        imbalance_before=before,
-        imbalance_after=after,
+        imbalance_before=assembled.imbalance(origin),
+        imbalance_after=assembled.imbalance(chosen),
         gradient_norm=solution.gradient_norm,
         iterations=solution.iterations,
         dead_channels=len(assembled.dead),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pathlift.apply import scale_bounds
 from pathlift.capture import Program, capture
+from pathlift.criteria import Coefficients
 from pathlift.errors import ArgumentError, PathliftError
 from pathlift.lifting.squared import diagonal
 from pathlift.solve import solve
@@ -352,7 +353,7 @@ def _solved(
     lower, upper = scale_bounds(group, program.parameters)
     trainable = {n: p.requires_grad for n, p in program.parameters.items()}
     return solve(
-        assemble(group, values, trainable, lower, upper).problem, "newton", tol
+        assemble(group, Coefficients(dict(values)), trainable, lower, upper).problem, "newton", tol
     ).log2_scales
 
 

@@ -1,20 +1,60 @@
 """Criteria: each turns a program into non-negative coefficients per parameter entry."""
 
-from collections.abc import Callable
+from __future__ import annotations
 
-from pathlift.capture import Program
-from pathlift.criteria.path_kernel import Coefficients, path_kernel
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pathlift.criteria.fisher import fisher, squared_gradients
+from pathlift.criteria.path_kernel import path_kernel
+from pathlift.criteria.protocol import Coefficients, Criterion, given, relative
+from pathlift.criteria.weights import weight_norm, weight_range
 from pathlift.errors import ArgumentError
 
-CRITERIA: dict[str, Callable[[Program], Coefficients]] = {"path-kernel": path_kernel}
+CRITERIA: dict[str, Criterion] = {
+    "path-kernel": path_kernel,
+    "weight-norm": weight_norm(),
+    "range": weight_range,
+}
 
 
-def criterion_named(name: str) -> Callable[[Program], Coefficients]:
-    """The criterion of this name; :class:`ArgumentError` lists the known ones."""
-    if name not in CRITERIA:
+def as_criterion(
+    criterion: str | Criterion | Mapping[str, Tensor], reference: Mapping[str, Tensor] | None = None
+) -> Criterion:
+    """The criterion of a name, a function or a mapping of coefficients.
+
+    Raises:
+        ArgumentError: an unknown name; the message lists the known ones.
+    """
+    if isinstance(criterion, Mapping):
+        found = given(criterion)
+    elif callable(criterion):
+        found = criterion
+    elif criterion == "fisher":
+        raise ArgumentError(
+            "criterion 'fisher' needs data. Pass criterion=pathlift.criteria.fisher(model, "
+            "batches, loss), with batches of (inputs, targets)."
+        )
+    elif criterion in CRITERIA:
+        found = CRITERIA[criterion]
+    else:
         known = ", ".join(map(repr, CRITERIA))
-        raise ArgumentError(f"criterion {name!r} is unknown. Supported: {known}.")
-    return CRITERIA[name]
+        raise ArgumentError(
+            f"criterion {criterion!r} is unknown. Supported: {known}, "
+            f"pathlift.criteria.fisher(...), or a mapping of parameter name to coefficients."
+        )
+    return found if reference is None else relative(found, reference)
 
 
-__all__ = ["CRITERIA", "Coefficients", "criterion_named", "path_kernel"]
+__all__ = [
+    "CRITERIA",
+    "Coefficients",
+    "Criterion",
+    "as_criterion",
+    "fisher",
+    "path_kernel",
+    "squared_gradients",
+    "weight_norm",
+    "weight_range",
+]

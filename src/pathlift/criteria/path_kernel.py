@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pathlift.capture import Program
+from pathlift.criteria.protocol import Coefficients
 from pathlift.lifting.squared import diagonal
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """What a criterion hands to the solver.
-
-    Attributes:
-        values: parameter name -> non-negative float64 tensor ``g`` of its shape, up to one common
-            factor. Under rescaling ``g'_i = g_i * 2**(-2 (E s)_i)``.
-        approximated: operations a stand-in was used for, with counts.
-    """
-
-    values: dict[str, Tensor]
-    approximated: dict[str, int]
 
 
 def path_kernel(program: Program) -> Coefficients:

@@ -7,12 +7,15 @@ from pathlift.solve.coordinate import coordinate_descent
 from pathlift.solve.integer import round_scales
 from pathlift.solve.newton import newton
 from pathlift.solve.problem import MatrixBlock, Problem, Solution, gradient, objective
+from pathlift.solve.ranges import equalise, value
 
 SOLVERS = ("newton", "coordinate")
 
 
 def solve(problem: Problem, solver: str = "newton", tol: float = 1e-8) -> Solution:
     """Minimise F within the bounds; ``tol`` bounds ``max |projected dF/ds| / count``."""
+    if solver in SOLVERS and problem.reduction == "max":
+        return equalise(problem, tol)
     if solver == "newton":
         return newton(problem, tol)
     if solver == "coordinate":
@@ -29,9 +32,11 @@ __all__ = [
     "Problem",
     "Solution",
     "coordinate_descent",
+    "equalise",
     "gradient",
     "newton",
     "objective",
     "round_scales",
     "solve",
+    "value",
 ]

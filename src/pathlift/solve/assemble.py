@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pathlift.criteria.protocol import Coefficients
 from pathlift.solve.problem import MatrixBlock, Problem
+from pathlift.solve.ranges import value
 from pathlift.symmetry.group import ParameterScales, RescalingGroup
 
 Array = NDArray[np.float64]
@@ -23,25 +25,36 @@ class Assembled:
     """The problem, and what its report needs.
 
     Attributes:
-        log_mean: mean of ``log g`` over counted entries (natural logarithm).
-        dead: indices of scales held at 0 because nothing with g > 0 enters or leaves.
+        log_mean: mean of the natural logarithm of the counted coefficients.
+        slope: ``(H,)``, sum of the exponent rows of the counted entries (the linear term of a
+            balanced objective, also where the problem has none).
+        dead: indices of scales held at 0 because nothing with a positive coefficient enters or
+            leaves.
     """
 
     problem: Problem
     log_mean: float
+    slope: Array
     dead: NDArray[np.int64]
 
-    def imbalance(self, objective: float) -> float:
-        """``log(AM/GM)`` per parameter, from ``F(s)`` without its constant."""
+    def imbalance(self, scales: Array) -> float:
+        """``log(AM/GM)`` of the coefficients, per counted entry, after rescaling by ``scales``.
+
+        For ranges: the mean over channels of ``|log(range in / range out)|``.
+        """
         count = self.problem.count
         if not count:
             return 0.0
-        return max(0.0, objective / count - math.log(count) - self.log_mean)
+        if self.problem.reduction == "max":
+            return value(self.problem, scales)
+        slant = 2 * math.log(2) * float((self.slope - self.problem.linear) @ scales)
+        log_sum = (value(self.problem, scales) + slant) / count
+        return max(0.0, log_sum - math.log(count) - self.log_mean)
 
 
 def assemble(
     group: RescalingGroup,
-    coefficients: Mapping[str, Tensor],
+    criterion: Coefficients,
     trainable: Mapping[str, bool],
     lower: Array,
     upper: Array,
@@ -50,10 +63,14 @@ def assemble(
 
     Args:
         group: ``H`` free scales.
-        coefficients: parameter name -> ``g`` of its shape; only entries with g > 0 count.
+        criterion: coefficients per parameter entry and their objective; only entries with a
+            positive coefficient count.
         trainable: parameter name -> whether it counts.
         lower, upper: bounds ``(H,)`` on the scales, log2.
     """
+    coefficients, maxima = criterion.values, criterion.reduction == "max"
+    # The problem is written for the rate -2; other rates multiply the exponents.
+    factor = -criterion.rate / 2
     h = group.num_scales
     blocks: list[MatrixBlock] = []
     vectors: list[Tensor] = []
@@ -74,13 +91,13 @@ def assemble(
         if not parts:
             constant += float(g.sum(dtype=torch.float64)) if counted else 0.0
             continue
-        matrix, labels = _reduce(g, parts)
+        matrix, labels = _reduce(g, parts, maxima)
         matrix = matrix.to(torch.float64)
         number = matrix_counts = None
         if not full:
             number, _ = _reduce((g > 0).to(torch.float64), parts)
         rows = [
-            _forms(table, [c for c, _ in terms], group.basis)
+            _forms(table, [c for c, _ in terms], group.basis, factor)
             for (_, terms), (table, _) in zip(parts, labels, strict=True)
         ]
         sizes = [torch.from_numpy(n).to(torch.float64) for _, n in labels]
@@ -97,8 +114,9 @@ def assemble(
         for form, tally in zip(rows, matrix_counts, strict=True):
             if counted:
                 linear += form.T @ tally
-            entering += form.maximum(0).T @ tally
-            leaving += (-form).maximum(0).T @ tally
+            signed = form if factor > 0 else -form
+            entering += signed.maximum(0).T @ tally
+            leaving += (-signed).maximum(0).T @ tally
         if not counted:
             continue
         if len(parts) == 1:
@@ -107,9 +125,10 @@ def assemble(
         else:
             blocks.append(MatrixBlock(matrix.contiguous(), rows[0], rows[1]))
     gains, loses = _sides(group, coefficients)
-    dead = np.flatnonzero(
-        (gains & (entering == 0)) | (loses & (leaving == 0)) | (entering + leaving == 0)
-    )
+    one_sided = (gains & (entering == 0)) | (loses & (leaving == 0))
+    if not criterion.balanced:  # a sum without the linear term needs both sides
+        one_sided = (entering == 0) | (leaving == 0)
+    dead = np.flatnonzero(one_sided | (entering + leaving == 0))
     lower, upper = lower.copy(), upper.copy()
     lower[dead] = upper[dead] = 0.0
     stacked = sp.csr_array(sp.vstack(forms)) if forms else sp.csr_array((0, h))
@@ -120,13 +139,14 @@ def assemble(
         vector,
         stacked,
         constant,
-        linear,
+        linear if criterion.balanced else np.zeros(h),
         count,
         lower,
         upper,
         layers(group),
+        criterion.reduction,
     )
-    return Assembled(problem, log_sum / count if count else 0.0, dead)
+    return Assembled(problem, log_sum / count if count else 0.0, linear, dead)
 
 
 def _sides(
@@ -186,9 +206,9 @@ def _two_parts(spec: ParameterScales) -> list[Part]:
 
 
 def _reduce(
-    g: Tensor, parts: Sequence[Part]
+    g: Tensor, parts: Sequence[Part], maxima: bool = False
 ) -> tuple[Tensor, list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
-    """Sum ``g`` to one axis per part, then over equal scales.
+    """Sum ``g`` (or take its maxima) to one axis per part, then over equal scales.
 
     Returns the vector or matrix, and per part the distinct tuples of variables (one row each) and
     how many indices share them.
@@ -197,7 +217,9 @@ def _reduce(
     rest = [d for d in range(g.dim()) if d not in kept]
     moved = g.permute(*kept, *rest) if g.dim() else g
     sizes = [math.prod(g.shape[d] for d in axes) for axes, _ in parts]
-    summed = moved.reshape(*sizes, -1).sum(-1) if rest else moved.reshape(sizes)
+    summed = moved.reshape(*sizes, -1) if rest else moved.reshape(sizes)
+    if rest:
+        summed = summed.amax(-1) if maxima else summed.sum(-1)
     labels = []
     for axis, (axes, terms) in enumerate(parts):
         shape = [n if d in axes else 1 for d, n in enumerate(g.shape)]
@@ -218,7 +240,11 @@ def _reduce(
         inverse = inverse.reshape(-1)
         labels.append((unique, counts))
         if len(unique) < len(inverse):
-            summed = _sum_over(summed, axis, torch.from_numpy(inverse), len(unique))
+            label = torch.from_numpy(inverse)
+            if maxima:
+                summed = _max_over(summed, axis, label, len(unique))
+            else:
+                summed = _sum_over(summed, axis, label, len(unique))
         else:
             order_back = np.empty_like(inverse)
             order_back[inverse] = np.arange(len(inverse))
@@ -238,11 +264,20 @@ def _sum_over(values: Tensor, axis: int, label: Tensor, count: int) -> Tensor:
     return values.new_zeros(shape).index_add_(axis, label, values)
 
 
+def _max_over(values: Tensor, axis: int, label: Tensor, count: int) -> Tensor:
+    """Maximum of slices with equal label."""
+    shape = list(values.shape)
+    shape[axis] = count
+    view = [-1 if d == axis else 1 for d in range(values.dim())]
+    index = label.reshape(view).expand(values.shape)
+    return values.new_zeros(shape).scatter_reduce_(axis, index, values, "amax")
+
+
 def _forms(
-    table: NDArray[np.int64], coefficients: Sequence[int], basis: sp.csr_array
+    table: NDArray[np.int64], coefficients: Sequence[int], basis: sp.csr_array, factor: float
 ) -> sp.csr_array:
-    """Exponent rows of distinct tuples of variables."""
+    """Exponent rows of distinct tuples of variables, times ``factor``."""
     total = coefficients[0] * basis[table[:, 0]]
     for k, c in enumerate(coefficients[1:], 1):
         total = total + c * basis[table[:, k]]
-    return sp.csr_array(total)
+    return sp.csr_array(total * factor) if factor != 1 else sp.csr_array(total)

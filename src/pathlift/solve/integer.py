@@ -24,6 +24,8 @@ def round_scales(problem: Problem, point: Array) -> IntArray:
     fixed = low > high  # no integer between the bounds: the nearest one to the point
     rounded = np.rint(point)
     start = np.where(fixed, rounded, np.clip(rounded, low, high))
+    if problem.reduction == "max":
+        return start.astype(np.int64)
     at = operator.evaluate(start)
     if operator.empty or problem.count == 0:
         return start.astype(np.int64)

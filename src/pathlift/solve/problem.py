@@ -58,6 +58,8 @@ class Problem:
     ``vector``: ``(n,)`` coefficients of single entries with exponent rows ``vector_forms``
     ``(n, H)``. ``linear``: ``(H,)``, the sum of the exponent rows of the counted entries.
     ``lower``, ``upper``: ``(H,)`` in log2 units, may be infinite; a dead channel has both 0.
+    ``reduction``: ``"max"`` asks for equal largest entries on both sides of every channel instead
+    (no objective; see :mod:`pathlift.solve.ranges`).
     ``layers``: ``(H,)``; equal numbers hint that scales share no entry (checked before use).
     """
 
@@ -71,6 +73,7 @@ class Problem:
     lower: Array
     upper: Array
     layers: IntArray
+    reduction: str = "sum"
 
 
 @dataclass(frozen=True)
