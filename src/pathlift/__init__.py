@@ -10,7 +10,14 @@ from pathlift.errors import (
     UnsupportedOperationError,
     VerificationError,
 )
-from pathlift.lifting.metrics import imbalance, path_kernel_diagonal, path_norm
+from pathlift.lifting.metrics import (
+    PathNorm,
+    imbalance,
+    path_kernel_diagonal,
+    path_magnitude,
+    path_norm,
+)
+from pathlift.lifting.pruning import path_magnitude_masks, prune_by_path_magnitude_
 from pathlift.report import ConditioningReport
 from pathlift.symmetry.group import RescalingGroup, rescaling_group
 
@@ -21,6 +28,7 @@ __all__ = [
     "CaptureError",
     "ConditioningReport",
     "MissingDependencyError",
+    "PathNorm",
     "PathliftError",
     "RangeError",
     "RescalingGroup",
@@ -29,6 +37,9 @@ __all__ = [
     "condition_",
     "imbalance",
     "path_kernel_diagonal",
+    "path_magnitude",
+    "path_magnitude_masks",
     "path_norm",
+    "prune_by_path_magnitude_",
     "rescaling_group",
 ]

@@ -4,16 +4,76 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from pathlift.capture import capture
 from pathlift.errors import ArgumentError, PathliftError
-from pathlift.lifting.squared import diagonal, lifted_pass
+from pathlift.lifting.squared import LiftedPass, diagonal, lifted_pass
 
 
-def path_norm(model: nn.Module, example_inputs: object, p: float = 1) -> float:
+class PathNorm:
+    """The path norm of one model as a function of its current parameters.
+
+    Captures once; every call runs the lifted network again, so that the norm can stand in a
+    training loss: ``loss + 1e-3 * norm()``.
+
+    Args:
+        model: a network of the supported operations, in the mode to be measured.
+        example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+        p: exponent, finite, at least 1.
+
+    Raises:
+        ArgumentError, CaptureError: see :func:`path_norm`.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: object, p: float = 1) -> None:
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 1 <= p < math.inf:
+            raise ArgumentError(f"p must be a finite number of at least 1; found {p!r}.")
+        self.p = p
+        self._program = capture(model, example_inputs)
+
+    def __call__(self) -> Tensor:
+        """``||Phi||_p``, a float64 scalar, differentiable in the model's parameters."""
+        result = self._run()
+        return self._root(result.total, result.shift)
+
+    def per_output(self) -> list[Tensor]:
+        """The norm over the paths that end at each output coordinate.
+
+        One float64 tensor per output of the model, of the shape of one sample's output,
+        differentiable. Their p-th powers add up to that of the whole norm.
+        """
+        result = self._run()
+        return [self._root(value, result.shift) for value in result.outputs]
+
+    def _run(self) -> LiftedPass:
+        return lifted_pass(
+            self._program, self._program.training, self.p, differentiable=torch.is_grad_enabled()
+        )
+
+    def _root(self, total: Tensor, shift: float) -> Tensor:
+        # The power of two joins after the root, so that a norm within float64 is exact in it.
+        return total ** (1 / self.p) * 2.0 ** min(shift / self.p, 1023.0)
+
+
+@overload
+def path_norm(
+    model: nn.Module, example_inputs: object, p: float = 1, differentiable: Literal[False] = False
+) -> float: ...
+
+
+@overload
+def path_norm(
+    model: nn.Module, example_inputs: object, p: float = 1, *, differentiable: Literal[True]
+) -> Tensor: ...
+
+
+def path_norm(
+    model: nn.Module, example_inputs: object, p: float = 1, differentiable: bool = False
+) -> float | Tensor:
     """The path norm ``||Phi||_p = (sum_paths |product of parameters|^p)^(1/p)``.
 
     Paths start at an input coordinate or a bias and end at an output coordinate. One forward pass
@@ -25,6 +85,8 @@ def path_norm(model: nn.Module, example_inputs: object, p: float = 1) -> float:
         model: a network of the supported operations, in the mode to be measured.
         example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
         p: exponent, at least 1 (``math.inf`` is not supported).
+        differentiable: return a scalar tensor to differentiate (:class:`PathNorm` spares the
+            capture at every call).
 
     Returns:
         The norm; ``inf`` where it exceeds float64.
@@ -33,16 +95,46 @@ def path_norm(model: nn.Module, example_inputs: object, p: float = 1) -> float:
         UnsupportedOperationError: an operation without paths (softmax, GELU …).
         ArgumentError, CaptureError: see :func:`pathlift.rescaling_group`.
     """
-    if not isinstance(p, (int, float)) or not math.isfinite(p) or p < 1:
-        raise ArgumentError(f"p must be a finite number of at least 1; found {p!r}.")
-    program = capture(model, example_inputs)
+    norm = PathNorm(model, example_inputs, p)
+    if differentiable:
+        return norm()
     with torch.no_grad():
-        result = lifted_pass(program, program.training, p)
+        result = norm._run()
     total = float(result.total)
     if total == 0:
         return 0.0
     log2 = (math.log2(total) + result.shift) / p
     return float(2.0**log2) if log2 < 1024 else math.inf
+
+
+def path_magnitude(model: nn.Module, example_inputs: object, p: float = 1) -> dict[str, Tensor]:
+    """What each parameter entry carries of ``||Phi||_p^p``: its rescaling-invariant magnitude.
+
+    ``m_i = |theta_i|^p d(||Phi||_p^p) / d(|theta_i|^p)``: the sum of ``|Phi_path|^p`` over the
+    paths through entry i, which is what the p-th power of the norm loses if the entry is set to
+    zero (a path that passes it m times counts m times). For p = 1 this is the path-magnitude of
+    Gonon et al. (2024). Equal networks up to rescaling have equal magnitudes.
+
+    Returns:
+        name -> float64 tensor of the parameter's shape, as a share of ``||Phi||_p^p``.
+
+    Raises:
+        UnsupportedOperationError, ArgumentError, CaptureError: see :func:`path_norm`.
+    """
+    program = PathNorm(model, example_inputs, p)._program
+    with torch.enable_grad():
+        result = lifted_pass(program, program.training, p)
+        names = list(result.parameters)
+        gradients = torch.autograd.grad(
+            result.total, [result.parameters[n] for n in names], allow_unused=True
+        )
+    total = float(result.total.detach()) or 1.0
+    return {
+        n: (torch.zeros_like(u) if g is None else g * u.detach() / total).to(
+            program.parameters[n].device
+        )
+        for n, g, u in zip(names, gradients, result.parameters.values(), strict=True)
+    }
 
 
 def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, Tensor]:

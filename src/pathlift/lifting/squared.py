@@ -67,6 +67,7 @@ class LiftedPass:
 
     Attributes:
         total: ``sum of outputs * 2**-shift``, per sample, differentiable in ``parameters``.
+        outputs: every output ``* 2**-shift`` of one sample.
         shift: the common power of two taken out of ``total``.
         parameters: name -> ``|theta * 2**-unit|^p`` (requires grad).
         units: name -> the power of two taken out of the parameter.
@@ -74,6 +75,7 @@ class LiftedPass:
     """
 
     total: Tensor
+    outputs: list[Tensor]
     shift: float
     parameters: dict[str, Tensor]
     units: dict[str, int]
@@ -122,6 +124,7 @@ def lifted_pass(
     p: float = 2,
     strict: bool = True,
     dtype: torch.dtype = torch.float64,
+    differentiable: bool = False,
 ) -> LiftedPass:
     """Run the lifted network of exponent ``p`` on ones.
 
@@ -130,6 +133,9 @@ def lifted_pass(
 
     Every parameter is divided by a power of two that brings its largest entry near 1 before it is
     raised to ``p``, so the range of ``dtype`` bounds ratios within one tensor only.
+
+    With ``differentiable`` the result is a function of the model's own parameters, else of the
+    leaf tensors in :attr:`LiftedPass.parameters`.
 
     Raises:
         UnsupportedOperationError: ``strict`` and the graph has an operation without paths.
@@ -140,10 +146,11 @@ def lifted_pass(
     for name, q in program.parameters.items():
         if q.is_floating_point():
             units[name] = _unit_exponent(q)
-            scaled = q.detach().to("cpu", dtype) * 2.0 ** -units[name]
-            parameters[name] = (scaled.square() if p == 2 else scaled.abs() ** p).requires_grad_(
-                torch.is_grad_enabled()
-            )
+            source = q if differentiable else q.detach()
+            scaled = source.to("cpu", dtype) * 2.0 ** -units[name]
+            parameters[name] = scaled.square() if p == 2 else scaled.abs() ** p
+            if not differentiable:
+                parameters[name].requires_grad_(torch.is_grad_enabled())
     context = _Context(p, strict, dtype)
     env: dict[fx.Node, Any] = {}
     batch: set[int] = set()
@@ -170,12 +177,14 @@ def lifted_pass(
             "operations; there are no paths. Check that forward returns floating-point tensors."
         )
     top = max(o.shift for o in outputs)
-    total = torch.stack([o.tensor.sum() * 2.0 ** max(o.shift - top, -1000) for o in outputs]).sum()
-    for out in outputs:
-        batch.add(out.tensor.shape[0] if out.tensor.dim() > 1 else -1)
+    values = [o.tensor * 2.0 ** max(o.shift - top, -1000) for o in outputs]
+    total = torch.stack([v.sum() for v in values]).sum()
+    for value in values:
+        batch.add(value.shape[0] if value.dim() > 1 else -1)
     if len(batch) == 1 and -1 not in batch:
         total = total / batch.pop()
-    return LiftedPass(total, top, parameters, units, context.approximated)
+        values = [v[0] for v in values]
+    return LiftedPass(total, values, top, parameters, units, context.approximated)
 
 
 def diagonal(
