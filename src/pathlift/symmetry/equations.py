@@ -1,6 +1,7 @@
 """Equalities and sums of scales -> an integer basis of all solutions.
 
-Nearly all equations say that two variables are equal; they are solved by connected components.
+Nearly all equations say that two variables are equal or opposite; they are solved by connected
+components.
 What is left (products, powers) is a sparse integer system, eliminated with unit pivots.
 """
 
@@ -24,7 +25,8 @@ class Equations:
 
     size: int = 1
     pairs: list[tuple[Int, Int]] = field(default_factory=list)
-    rows: list[tuple[tuple[int, ...], tuple[Int, ...]]] = field(default_factory=list)
+    rows: list[tuple[Int, Int]] = field(default_factory=list)  # coefficients and ids, (m, terms)
+    opposite: list[bool] = field(default_factory=list)  # of pairs, whether x = -y
     origins: list[str] = field(default_factory=list)  # of pairs, what demanded them
     _before: Int | None = None
 
@@ -37,35 +39,34 @@ class Equations:
     def add(self, coefficients: Sequence[int], ids: Sequence[Int], origin: str = "") -> None:
         """Add one equation per entry of the (equally long, flat) id arrays."""
         if len(coefficients) == 1:
-            self.pairs.append((ids[0], np.zeros_like(ids[0])))
-            self.origins.append(origin)
-        elif len(coefficients) == 2 and coefficients[0] == -coefficients[1]:
-            self.pairs.append((ids[0], ids[1]))
-            self.origins.append(origin)
+            self._pair(ids[0], np.zeros_like(ids[0]), False, origin)
+        elif len(coefficients) == 2 and abs(coefficients[0]) == abs(coefficients[1]):
+            self._pair(ids[0], ids[1], coefficients[0] == coefficients[1], origin)
         else:
-            self.rows.append((tuple(coefficients), tuple(ids)))
+            table = np.stack(ids, axis=1)
+            self.rows.append((np.broadcast_to(np.array(coefficients), table.shape), table))
+
+    def add_matrix(self, matrix: sp.csr_array) -> None:
+        """Add ``matrix @ x[1:] = 0``: one equation per row, column j for variable j + 1."""
+        lengths = np.diff(matrix.indptr)
+        for n in np.unique(lengths[lengths > 0]).tolist():
+            start = matrix.indptr[:-1][lengths == n]
+            at = start[:, None] + np.arange(n)
+            self.rows.append((matrix.data[at].astype(np.int64), matrix.indices[at] + np.int64(1)))
+
+    def _pair(self, a: Int, b: Int, opposite: bool, origin: str) -> None:
+        self.pairs.append((a, b))
+        self.opposite.append(opposite)
+        self.origins.append(origin)
 
     def solve(self) -> sp.csr_array:
         """Integer matrix (size, free): row ``v`` is variable ``v`` in terms of free scales."""
-        labels = self._components()
-        rows = self._rows_over(labels)
         while True:
-            pairs = [r for r in rows if len(r) == 1 or _is_equality(r)]
-            if not pairs:
+            labels, signs = self._components()
+            before = len(self.pairs)
+            rows = self._rows_over(labels, signs)
+            if len(self.pairs) == before:
                 break
-            for row in pairs:
-                variables = sorted(row)
-                self.pairs.append(
-                    (
-                        np.array([self._representative[v] for v in variables[-1:]]),
-                        np.array(
-                            [self._representative[variables[0]] if len(variables) == 2 else 0]
-                        ),
-                    )
-                )
-                self.origins.append("products of scales")
-            labels = self._components()
-            rows = self._rows_over(labels)
         count = int(labels.max()) + 1
         solution = eliminate(rows)
         free = [v for v in range(count) if v != labels[0] and v not in solution]
@@ -80,7 +81,9 @@ class Equations:
             (np.array(data, dtype=np.int64), (row_index, col_index)),
             shape=(count, len(free)),
         )
-        return classes[labels]
+        found = sp.csr_array(classes[labels])
+        found.data *= np.repeat(signs, np.diff(found.indptr))
+        return found
 
     def why_zero(self, variable: int) -> str | None:
         """What pins a variable: the equation nearest to it that sets a scale to zero.
@@ -103,44 +106,78 @@ class Equations:
                 return origin
         return None
 
-    def _components(self) -> Int:
-        if self.pairs:
-            left = np.concatenate([a for a, _ in self.pairs])
-            right = np.concatenate([b for _, b in self.pairs])
-        else:
-            left = right = np.zeros(0, dtype=np.int64)
-        graph = sp.coo_array((np.ones(len(left), dtype=np.int8), (left, right)), (self.size,) * 2)
-        _, labels = connected_components(graph.tocsr(), directed=False)
-        labels = labels.astype(np.int64)
-        self._representative = np.zeros(int(labels.max()) + 1, dtype=np.int64)
-        self._representative[labels[::-1]] = np.arange(self.size - 1, -1, -1)
-        return labels
+    def _components(self) -> tuple[Int, Int]:
+        """Class and sign of every variable under the equations ``x = y`` and ``x = -y``.
 
-    def _rows_over(self, labels: Int) -> list[dict[int, int]]:
-        """The general equations over components, each once, without zeros."""
-        zero = int(labels[0])
-        unique: dict[tuple[tuple[int, int], ...], dict[int, int]] = {}
-        for coefficients, ids in self.rows:
-            table = np.unique(np.stack([labels[i] for i in ids], axis=1), axis=0)
+        Every variable has two nodes, itself and its negative; an equation joins both of one
+        variable to both of the other. A variable joined to its own negative is zero.
+        """
+        n = self.size
+        left = [a + shift for a, _ in self.pairs for shift in (0, n)]
+        right = [
+            b + (n - shift if opposite else shift)
+            for (_, b), opposite in zip(self.pairs, self.opposite, strict=True)
+            for shift in (0, n)
+        ]
+        a, b = np.concatenate([[0], *left]), np.concatenate([[n], *right])
+        graph = sp.coo_array((np.ones(len(a), dtype=np.int8), (a, b)), (2 * n,) * 2)
+        _, joined = connected_components(graph.tocsr(), directed=False)
+        plus, minus = joined[:n].astype(np.int64), joined[n:].astype(np.int64)
+        either = np.minimum(plus, minus)
+        either[plus == minus] = plus[0]
+        _, labels = np.unique(either, return_inverse=True)
+        labels = labels.reshape(-1).astype(np.int64)
+        signs = np.where(plus <= minus, 1, -1).astype(np.int64)
+        # Of every class the first variable, with sign +1, speaks for it.
+        self._representative = np.zeros(int(labels.max()) + 1, dtype=np.int64)
+        self._representative[labels[::-1]] = np.arange(n - 1, -1, -1)
+        return labels, signs * signs[self._representative[labels]]
+
+    def _rows_over(self, labels: Int, signs: Int) -> list[dict[int, int]]:
+        """The general equations over classes, each once.
+
+        Those that have become ``x = 0`` or ``x = +-y`` join the pairs instead.
+        """
+        zero, one = int(labels[0]), self._representative
+        general: set[tuple[tuple[int, int], ...]] = set()
+        for given, ids in self.rows:
+            classes, coefficients = labels[ids], given * signs[ids]
+            coefficients[classes == zero] = 0
+            for k in range(1, ids.shape[1]):  # equal classes are merged into the first
+                for j in range(k):
+                    same = classes[:, j] == classes[:, k]
+                    coefficients[same, j] += coefficients[same, k]
+                    coefficients[same, k] = 0
+            order = np.argsort(coefficients == 0, axis=1, kind="stable")
+            classes = np.take_along_axis(classes, order, 1)
+            coefficients = np.take_along_axis(coefficients, order, 1)
+            terms = np.count_nonzero(coefficients, axis=1)
+            a = one[classes[terms == 1, 0]]
+            if len(a):
+                self._pair(a, np.zeros_like(a), False, "products of scales")
+            equal = np.zeros(len(terms), dtype=bool)
+            if ids.shape[1] > 1:
+                equal = (terms == 2) & (abs(coefficients[:, 0]) == abs(coefficients[:, 1]))
+            for opposite in (False, True):
+                alike = equal & (
+                    (coefficients[:, 0] == coefficients[:, min(1, ids.shape[1] - 1)]) == opposite
+                )
+                if alike.any():
+                    a, b = one[classes[alike, 0]], one[classes[alike, 1]]
+                    self._pair(a, b, opposite, "products of scales")
+            rest = (terms > 1) & ~equal
+            table = np.unique(np.concatenate([classes[rest], coefficients[rest]], axis=1), axis=0)
+            width = ids.shape[1]
             for line in table.tolist():
-                row: dict[int, int] = {}
-                for c, v in zip(coefficients, line, strict=True):
-                    if v != zero:
-                        row[v] = row.get(v, 0) + c
-                row = _primitive(row)
-                if row:
-                    unique[tuple(sorted(row.items()))] = row
-        return list(unique.values())
+                row = {v: c for v, c in zip(line[:width], line[width:], strict=True) if c}
+                general.add(tuple(sorted(_primitive(row).items())))
+        return [dict(row) for row in general]
 
 
 def _primitive(row: dict[int, int]) -> dict[int, int]:
     row = {v: c for v, c in row.items() if c}
     divisor = gcd(*row.values()) if row else 1
     return {v: c // divisor for v, c in row.items()} if divisor > 1 else row
-
-
-def _is_equality(row: dict[int, int]) -> bool:
-    return len(row) == 2 and sum(row.values()) == 0
 
 
 def eliminate(rows: list[dict[int, int]]) -> dict[int, dict[int, int]]:

@@ -8,13 +8,12 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from pathlift.capture import Program, capture
 from pathlift.errors import ArgumentError
 from pathlift.symmetry import rules
-from pathlift.symmetry.equations import Equations, eliminate
+from pathlift.symmetry.equations import Equations
 from pathlift.symmetry.inference import Inference, axis_components
 from pathlift.symmetry.scales import collapse, varying
 
@@ -367,29 +366,11 @@ def _restrict_to_effect(basis: sp.csr_array, specs: dict[str, ParameterScales]) 
     rows.sum_duplicates()
     rows.eliminate_zeros()
     rows.sort_indices()
-    lengths = np.diff(rows.indptr)
-    sums = np.asarray(rows.sum(axis=1)).ravel()
-    largest = np.asarray(abs(rows).max(axis=1).todense()).ravel() if rows.shape[0] else lengths
-    simple = (largest <= 1) & ((lengths <= 1) | ((lengths == 2) & (sums == 0)))
-    if bool(simple.all()):
-        # Rows +-a or a - b: a combination without effect is a component not joined to zero.
-        start = rows.indptr[:-1]
-        one, two = lengths == 1, lengths == 2
-        left = np.concatenate([rows.indices[start[one]] + 1, rows.indices[start[two]] + 1])
-        right = np.concatenate(
-            [np.zeros(int(one.sum()), dtype=np.int64), rows.indices[start[two] + 1] + 1]
-        )
-        graph = sp.coo_array((np.ones(len(left)), (left, right)), (count + 1, count + 1))
-        _, labels = connected_components(graph.tocsr(), directed=False)
-        _, first = np.unique(labels, return_index=True)
-        useless = {int(i) - 1 for i in first if i > 0}
-    else:
-        unique = {
-            tuple(zip(rows.indices[a:b].tolist(), rows.data[a:b].tolist(), strict=True))
-            for a, b in zip(rows.indptr[:-1], rows.indptr[1:], strict=True)
-            if b > a
-        }
-        solved = eliminate([{v: int(c) for v, c in row} for row in unique])
-        useless = {v for v in range(count) if v not in solved}
+    # A combination d without effect solves rows @ d = 0; one variable per dimension of the
+    # solutions is dropped, and the others still reach every effect.
+    silent = Equations(size=count + 1)
+    silent.add_matrix(rows)
+    solution = silent.solve().tocsc()
+    useless = {int(v) - 1 for v in solution.indices[solution.indptr[:-1]]}
     keep = np.array([v for v in range(count) if v not in useless], dtype=np.int64)
     return sp.csr_array(basis[:, keep]) if len(keep) else sp.csr_array((basis.shape[0], 0))

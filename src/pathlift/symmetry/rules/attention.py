@@ -38,11 +38,12 @@ def attention(
         return [*batch[len(batch) - len(value.shape) + 2 :], *last]
 
     lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    # The softmax pins every score, so also every product that is summed in it.
     scores = contraction(
         inf,
         [(q, labels(q, rows, channels)), (k, labels(k, keys, channels))],
-        [*batch[len(batch) - len(lead) :], rows, keys],
-        torch.Size((*lead, q.shape[-2], k.shape[-2])),
+        [*batch[len(batch) - len(lead) :], rows, keys, channels],
+        torch.Size((*lead, q.shape[-2], k.shape[-2], q.shape[-1])),
     )
     if isinstance(scores, Form):
         inf.zero(scores)

@@ -1,0 +1,48 @@
+"""The examples of docs/training.md run, and its table is what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import optim
+
+from pathlift.training import optimizers
+
+TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def test_examples() -> None:
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    rules = {c: dict(r) for c, r in optimizers._RULES.items()}
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/training.md", "exec"), names)
+    finally:
+        optimizers._RULES.clear()
+        optimizers._RULES.update(rules)
+    assert [entry["step"] for entry in names["schedule"].history] == [0, 5, 10, 15]
+
+
+def test_table() -> None:
+    found: dict[str, dict[str, int]] = {}
+    for line in TEXT.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("| ") or cells[0] in ("optimiser", "---"):
+            continue
+        entries = {}
+        for power, cell in zip((-2, -1, 1, 0), cells[1:], strict=True):
+            power = 2 if cell.startswith("2:") else power
+            entries.update(dict.fromkeys(re.findall("`([a-z_]+)`", cell), power))
+        for name in cells[0].split(", "):
+            found[name] = entries
+    for name, entries in found.items():
+        if hasattr(optim, name):
+            known = {k: r.power for k, r in optimizers._RULES[getattr(optim, name)].items()}
+            assert entries == known, name
+    assert {c.__name__ for c in optimizers._RULES if c.__module__.startswith("torch.")} <= set(
+        found
+    )
