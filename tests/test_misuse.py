@@ -181,7 +181,7 @@ CASES: list[tuple[str, Callable[[], nn.Module], Callable[[Any], Any], type, str]
         net,
         lambda m: C(m, X, optimizer="sgd"),
         E,
-        "optimizer must be a torch.optim.Optimizer or None; found str.",
+        "optimizer must be a torch.optim.Optimizer, a list of them or None; found str.",
     ),
     (
         "scales shape",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,31 +14,17 @@ from torch import Tensor, nn
 from pathlift.capture import check_model, named_tensors
 from pathlift.errors import ArgumentError, RangeError
 from pathlift.symmetry.group import RescalingGroup
+from pathlift.training.optimizers import Optimizers, state_changes
 
 # Log2 factors of one tensor, as small tensors whose broadcast sum is meant.
 Factors = list[Tensor]
-
-# How the state an optimiser keeps per parameter transforms: like theta^-k times this power.
-_STATE_POWERS = {
-    "momentum_buffer": -1,
-    "exp_avg": -1,
-    "exp_avg_sq": -2,
-    "max_exp_avg_sq": -2,
-    "square_avg": -2,
-    "grad_avg": -1,
-    "sum": -2,
-    "exp_inf": -1,
-    "ax": 1,
-    "mu_product": 0,
-    "step": 0,
-}
 
 
 def rescale_(
     model: nn.Module,
     group: RescalingGroup,
     log2_scales: Tensor | NDArray[np.generic],
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
 ) -> None:
     """Multiply every parameter by ``2 ** (E s)``; see :meth:`RescalingGroup.rescale_`."""
     model = check_model(model)
@@ -67,24 +52,32 @@ def rescale_(
             changes.append((name, parameter, exponents))
     if exact:
         changes = [(n, p, _in_range(n, p, exponents)) for n, p, exponents in changes]
-    states = list(_optimizer_changes(optimizer, changes))
-    targets = [(p.data, e, 1) for _, p, e in changes] + states
-    _all_or_none(targets, exact)
+    states = list(state_changes(optimizer, changes))
+    _all_or_none([(p.data, e, 1) for _, p, e in changes], states, exact)
 
 
-def _all_or_none(targets: list[tuple[Tensor, Factors, int]], exact: bool) -> None:
-    """Multiply every target; if one fails, take the others back (exactly, or from copies)."""
+def _all_or_none(
+    parameters: list[tuple[Tensor, Factors, int]],
+    states: list[tuple[Tensor, Factors, int]],
+    exact: bool,
+) -> None:
+    """Multiply every target; if one fails, take the others back.
+
+    Parameters stay in the normal range, so that the inverse factor takes an exact one back without
+    a copy; an optimiser's state may underflow (the momentum of a dead unit), so it is copied.
+    """
     undo: list[Callable[[], object]] = []
     with torch.no_grad():
         try:
-            for tensor, exponents, power in targets:
-                restore: Callable[[], object] = (
-                    partial(multiply_, tensor, exponents, -power)
-                    if exact
-                    else partial(tensor.copy_, tensor.clone())
-                )
-                multiply_(tensor, exponents, power)
-                undo.append(restore)
+            for group, reversible in ((parameters, exact), (states, False)):
+                for tensor, exponents, power in group:
+                    restore: Callable[[], object] = (
+                        partial(multiply_, tensor, exponents, -power)
+                        if reversible
+                        else partial(tensor.copy_, tensor.clone())
+                    )
+                    multiply_(tensor, exponents, power)
+                    undo.append(restore)
         except BaseException:
             for restore in reversed(undo):
                 restore()
@@ -98,7 +91,7 @@ def multiply_(tensor: Tensor, exponents: Factors, power: int = 1) -> None:
     tensor per factor (rows, columns), each a small tensor that broadcasts.
     """
     wide = tensor.dtype in (torch.float64, torch.float32)
-    largest = sum(float(e.abs().max()) for e in exponents)
+    largest = abs(power) * sum(float(e.abs().max()) for e in exponents)
     compute = tensor.dtype if wide and largest < 100 else torch.float64
     work = tensor if compute == tensor.dtype else tensor.to(compute)
     for exponent in exponents:
@@ -193,25 +186,3 @@ def scale_bounds(
     np.minimum.at(upper, col, high_side)
     np.maximum.at(lower, col, -low_side)
     return lower, upper
-
-
-def _optimizer_changes(
-    optimizer: torch.optim.Optimizer | None,
-    changes: Iterable[tuple[str, Tensor, Factors]],
-) -> Iterable[tuple[Tensor, Factors, int]]:
-    """State tensors of the rescaled parameters and the power of the factor each takes."""
-    if optimizer is None:
-        return
-    for name, parameter, exponents in changes:
-        state: dict[str, Any] = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 and key in _STATE_POWERS:
-                continue
-            if key not in _STATE_POWERS or value.shape != parameter.shape:
-                raise ArgumentError(
-                    f"{type(optimizer).__name__} keeps state '{key}' for '{name}', and how it "
-                    f"transforms under rescaling is not known. Supported: "
-                    f"{', '.join(sorted(_STATE_POWERS))}. Condition before the first step."
-                )
-            if _STATE_POWERS[key]:
-                yield value, exponents, _STATE_POWERS[key]

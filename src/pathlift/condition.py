@@ -21,6 +21,7 @@ from pathlift.solve import solve, value
 from pathlift.solve.assemble import assemble
 from pathlift.solve.integer import round_scales
 from pathlift.symmetry.group import infer_group
+from pathlift.training.optimizers import Optimizers
 
 
 def condition_(
@@ -29,7 +30,7 @@ def condition_(
     *,
     criterion: str | Criterion | Mapping[str, Tensor] = "path-kernel",
     exact: bool = True,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     solver: str = "newton",
     tol: float = 1e-8,
     verify: bool = True,
@@ -53,7 +54,8 @@ def condition_(
             ``g``, for which the same F is minimised.
         exact: round the scales to integers, so that every output keeps all its bits. Otherwise
             the continuous optimum is applied and outputs change by rounding errors.
-        optimizer: optimiser whose state is carried along (mid-training use).
+        optimizer: optimiser, or a list of them, whose state is carried along (mid-training use;
+            see :mod:`pathlift.training.optimizers`).
         solver: ``"newton"`` or ``"coordinate"`` (the published algorithm).
         tol: bound on the certificate ``max |dF/ds| / p``.
         verify: run the model before and after and compare the outputs.
@@ -143,10 +145,13 @@ def _check_arguments(exact: object, optimizer: object, tol: object, verify: obje
             raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
         raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentError(
-            f"optimizer must be a torch.optim.Optimizer or None; found {type(optimizer).__name__}."
-        )
+    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for one in several:
+        if one is not None and not isinstance(one, torch.optim.Optimizer):
+            raise ArgumentError(
+                f"optimizer must be a torch.optim.Optimizer, a list of them or None; "
+                f"found {type(one).__name__}."
+            )
 
 
 def _check_finite(program: Program) -> None:

@@ -14,10 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
+import pathlift  # noqa: E402
 from reference.oracle import diagonal_symmetries  # noqa: E402
 from symmetry.test_oracle import CASES, SHORTFALL  # noqa: E402
-
-import pathlift  # noqa: E402
 
 HEAD = """# Which rescalings are found
 
