@@ -1,6 +1,6 @@
 """Rescale a network without changing it, so that it trains from a better-conditioned point."""
 
-from pathlift.condition import condition_
+from pathlift.condition import Conditioner, condition_
 from pathlift.errors import (
     ArgumentError,
     CaptureError,
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CaptureError",
+    "Conditioner",
     "ConditioningReport",
     "MissingDependencyError",
     "PathNorm",

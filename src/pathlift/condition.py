@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pathlift.apply import rescale_, scale_bounds
-from pathlift.capture import Program, capture, check_model, preserved, tensors_in
+from pathlift.capture import (
+    Program,
+    capture,
+    check_model,
+    named_tensors,
+    preserved,
+    tensors_in,
+)
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, VerificationError
 from pathlift.report import ConditioningReport
@@ -76,60 +83,115 @@ def condition_(
     In every case of failure the model is unchanged.
     """
     _check_arguments(exact, optimizer, tol, verify)
-    coefficients_of = as_criterion(criterion, reference)
-    model = check_model(model)
-    seconds: dict[str, float] = {}
-
-    with _timed(seconds, "capture"):
-        program = capture(model, example_inputs)
-    _check_finite(program)
-    with _timed(seconds, "symmetry"):
-        group = infer_group(program, batch_norm)
-    with _timed(seconds, "criterion"):
-        coefficients = coefficients_of(program)
-        lower, upper = scale_bounds(group, {**program.buffers, **program.parameters})
-        trainable = {n: p.requires_grad for n, p in program.parameters.items()}
-        assembled = assemble(group, coefficients, trainable, lower, upper)
-    with _timed(seconds, "solve"):
-        problem = assembled.problem
-        solution = solve(problem, solver, tol)
-        scales: NDArray[Any] = solution.log2_scales
-        origin = np.zeros(group.num_scales)
-        if exact:
-            scales = round_scales(problem, scales)
-        chosen = scales.astype(np.float64)
-        if value(problem, chosen) >= value(problem, origin):
-            # Integers near the optimum may be no better than staying.
-            scales, chosen = np.zeros_like(scales), origin
-    outputs = None
-    with _timed(seconds, "verify"):
-        if verify:
-            outputs = _outputs(model, program)
-    with _timed(seconds, "apply"):
-        rescale_(model, group, scales, optimizer)
-    with _timed(seconds, "verify"):
-        change = None
-        if outputs is not None:
-            try:
-                keeps_bits = exact and batch_norm == "pinned"
-                change = _difference(outputs, _outputs(model, program), keeps_bits)
-            except BaseException:
-                rescale_(model, group, -scales, optimizer)
-                raise
-    return ConditioningReport(
-        num_scales=group.num_scales,
-        num_parameters=problem.count,
-        imbalance_before=assembled.imbalance(origin),
-        imbalance_after=assembled.imbalance(chosen),
-        gradient_norm=solution.gradient_norm,
-        iterations=solution.iterations,
-        dead_channels=len(assembled.dead),
-        log2_scales=torch.from_numpy(scales),
-        max_output_change=change,
-        unsupported=group.unsupported,
-        approximated=coefficients.approximated,
-        seconds=seconds,
+    chosen = as_criterion(criterion, reference)
+    conditioner = Conditioner(model, example_inputs, batch_norm=batch_norm)
+    return conditioner.condition_(
+        criterion=chosen,
+        exact=exact,
+        optimizer=optimizer,
+        solver=solver,
+        tol=tol,
+        verify=verify,
     )
+
+
+class Conditioner:
+    """A captured model and its group, to condition it many times at the cost of the solve.
+
+    Args:
+        model, example_inputs, batch_norm: see :func:`condition_`.
+
+    Raises:
+        ArgumentError, CaptureError: see :func:`condition_`.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
+    ) -> None:
+        self.model = check_model(model)
+        self.batch_norm = batch_norm
+        self._seconds: dict[str, float] = {}
+        with _timed(self._seconds, "capture"):
+            self._program = capture(self.model, example_inputs)
+        with _timed(self._seconds, "symmetry"):
+            self.group = infer_group(self._program, batch_norm)
+
+    def condition_(
+        self,
+        *,
+        criterion: str | Criterion | Mapping[str, Tensor] = "path-kernel",
+        exact: bool = True,
+        optimizer: Optimizers = None,
+        solver: str = "newton",
+        tol: float = 1e-8,
+        verify: bool = True,
+        reference: Mapping[str, Tensor] | None = None,
+    ) -> ConditioningReport:
+        """Condition the model as it is now; arguments, report and errors as :func:`condition_`.
+
+        The report's seconds of capture and symmetry stand in the first report only.
+        """
+        _check_arguments(exact, optimizer, tol, verify)
+        coefficients_of = as_criterion(criterion, reference)
+        model, program, group = self.model, self._program, self.group
+        self._check_same_parameters()
+        _check_finite(program)
+        seconds = {"capture": 0.0, "symmetry": 0.0} | self._seconds
+        self._seconds = {}
+        with _timed(seconds, "criterion"):
+            coefficients = coefficients_of(program)
+            lower, upper = scale_bounds(group, {**program.buffers, **program.parameters})
+            trainable = {n: p.requires_grad for n, p in program.parameters.items()}
+            assembled = assemble(group, coefficients, trainable, lower, upper)
+        with _timed(seconds, "solve"):
+            problem = assembled.problem
+            solution = solve(problem, solver, tol)
+            scales: NDArray[Any] = solution.log2_scales
+            origin = np.zeros(group.num_scales)
+            if exact:
+                scales = round_scales(problem, scales)
+            chosen = scales.astype(np.float64)
+            if value(problem, chosen) >= value(problem, origin):
+                # Integers near the optimum may be no better than staying.
+                scales, chosen = np.zeros_like(scales), origin
+        outputs = None
+        with _timed(seconds, "verify"):
+            if verify:
+                outputs = _outputs(model, program)
+        with _timed(seconds, "apply"):
+            rescale_(model, group, scales, optimizer)
+        with _timed(seconds, "verify"):
+            change = None
+            if outputs is not None:
+                try:
+                    keeps_bits = exact and self.batch_norm == "pinned"
+                    change = _difference(outputs, _outputs(model, program), keeps_bits)
+                except BaseException:
+                    rescale_(model, group, -scales, optimizer)
+                    raise
+        return ConditioningReport(
+            num_scales=group.num_scales,
+            num_parameters=problem.count,
+            imbalance_before=assembled.imbalance(origin),
+            imbalance_after=assembled.imbalance(chosen),
+            gradient_norm=solution.gradient_norm,
+            iterations=solution.iterations,
+            dead_channels=len(assembled.dead),
+            log2_scales=torch.from_numpy(scales),
+            max_output_change=change,
+            unsupported=group.unsupported,
+            approximated=coefficients.approximated,
+            seconds=seconds,
+        )
+
+    def _check_same_parameters(self) -> None:
+        parameters, _, _ = named_tensors(self.model)
+        for name, parameter in self._program.parameters.items():
+            if parameters.get(name) is not parameter:
+                raise ArgumentError(
+                    f"parameter '{name}' is not the one that was captured; the model was changed "
+                    f"(moved with a conversion, pruned, parametrised). Make a new Conditioner."
+                )
 
 
 @contextmanager

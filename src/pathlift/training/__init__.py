@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from pathlift.training.optimizers import declare_state, rescale_average_, state_changes
 
 if TYPE_CHECKING:
+    from pathlift.training.path_sgd import PathSGD
     from pathlift.training.schedule import Schedule
 
-__all__ = ["Schedule", "declare_state", "rescale_average_", "state_changes"]
+__all__ = ["PathSGD", "Schedule", "declare_state", "rescale_average_", "state_changes"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from pathlift.training.schedule import Schedule
 
         return Schedule
+    if name == "PathSGD":
+        from pathlift.training.path_sgd import PathSGD
+
+        return PathSGD
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pathlift.condition import condition_
+from pathlift.condition import Conditioner, condition_
 from pathlift.errors import ArgumentError
 from pathlift.report import ConditioningReport
 from pathlift.training.optimizers import Optimizers
@@ -73,6 +73,8 @@ class Schedule:
         self.condition_kwargs = condition_kwargs
         self.calls = 0
         self.history: list[dict[str, Any]] = []
+        self._conditioner: Conditioner | None = None
+        self._captured: tuple[int, list[bool]] | None = None
 
     @property
     def due(self) -> bool:
@@ -103,8 +105,7 @@ class Schedule:
         """
         report = None
         if self.due:
-            keywords: dict[str, Any] = {"optimizer": optimizer, **self.condition_kwargs}
-            report = condition_(model, example_inputs, **keywords)
+            report = self._condition(model, example_inputs, optimizer)
             self.history.append(
                 {
                     "unit": self.unit,
@@ -116,6 +117,20 @@ class Schedule:
             )
         self.calls += 1
         return report
+
+    def _condition(
+        self, model: nn.Module, example_inputs: object, optimizer: Optimizers
+    ) -> ConditioningReport:
+        """Capture at the first due call (and for another model), then only solve and apply."""
+        keywords: dict[str, Any] = {"optimizer": optimizer, **self.condition_kwargs}
+        batch_norm = keywords.pop("batch_norm", "pinned")
+        mode = [m.training for m in model.modules()]
+        known = self._conditioner is not None and self._captured == (id(model), mode)
+        if not known:
+            self._conditioner = Conditioner(model, example_inputs, batch_norm=batch_norm)
+            self._captured = (id(model), mode)
+        assert self._conditioner is not None
+        return self._conditioner.condition_(**keywords)
 
     def reach(self, call: int) -> bool:
         """Skip forward to call number ``call``, for loops that know where they are.
