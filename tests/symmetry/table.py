@@ -1,6 +1,6 @@
 """Writes docs/symmetries.md: the group against the oracle on every small network.
 
-    python tests/symmetry/table.py
+python tests/symmetry/table.py
 """
 
 from __future__ import annotations
