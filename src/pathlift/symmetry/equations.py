@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 Int = NDArray[np.int64]
+Pairs = tuple[Int, Int, NDArray[np.bool_]]  # x = y, or x = -y where opposite
+Rows = tuple[Int, Int]  # coefficients and ids, (m, terms)
 
 
 @dataclass
@@ -25,10 +27,11 @@ class Equations:
 
     size: int = 1
     pairs: list[tuple[Int, Int]] = field(default_factory=list)
-    rows: list[tuple[Int, Int]] = field(default_factory=list)  # coefficients and ids, (m, terms)
+    rows: list[Rows] = field(default_factory=list)
     opposite: list[bool] = field(default_factory=list)  # of pairs, whether x = -y
     origins: list[str] = field(default_factory=list)  # of pairs, what demanded them
     _before: Int | None = None
+    _zero: NDArray[np.bool_] = field(default_factory=lambda: np.ones(1, dtype=bool))
 
     def fresh(self, count: int) -> range:
         """``count`` new variables."""
@@ -39,7 +42,9 @@ class Equations:
     def add(self, coefficients: Sequence[int], ids: Sequence[Int], origin: str = "") -> None:
         """Add one equation per entry of the (equally long, flat) id arrays."""
         if len(coefficients) == 1:
-            self._pair(ids[0], np.zeros_like(ids[0]), False, origin)
+            new = np.unique(ids[0][~self.is_zero(ids[0])])
+            self._pinned()[new] = True
+            self._pair(new, np.zeros_like(new), False, origin)
         elif len(coefficients) == 2 and abs(coefficients[0]) == abs(coefficients[1]):
             self._pair(ids[0], ids[1], coefficients[0] == coefficients[1], origin)
         else:
@@ -59,17 +64,30 @@ class Equations:
         self.opposite.append(opposite)
         self.origins.append(origin)
 
+    def is_zero(self, ids: Int) -> NDArray[np.bool_]:
+        """Which variables an equation ``x = 0`` has set already; says nothing of the others."""
+        return np.asarray(self._pinned()[ids])
+
+    def _pinned(self) -> NDArray[np.bool_]:
+        if len(self._zero) < self.size:
+            self._zero = np.concatenate([self._zero, np.zeros(self.size, dtype=bool)])
+        return self._zero
+
     def solve(self) -> sp.csr_array:
         """Integer matrix (size, free): row ``v`` is variable ``v`` in terms of free scales."""
-        while True:
-            labels, signs = self._components()
-            before = len(self.pairs)
-            rows = self._rows_over(labels, signs)
-            if len(self.pairs) == before:
-                break
-        count = int(labels.max()) + 1
-        solution = eliminate(rows)
-        free = [v for v in range(count) if v != labels[0] and v not in solution]
+        count = self.size
+        labels, signs = np.arange(count), np.ones(count, dtype=np.int64)
+        pairs: Pairs | None = self._joined_pairs()
+        rows = _by_length(self.rows)
+        while pairs is not None:
+            # What is equal becomes one class; the equations are rewritten over classes, and those
+            # that have become equalities join further classes.
+            joined, sign = components(count, *pairs)
+            signs *= sign[labels]
+            labels, count = joined[labels], int(joined.max()) + 1
+            pairs, rows = _over_classes(rows, joined, sign)
+        solution = eliminate(_as_dicts(rows))
+        free = [v for v in range(1, count) if v not in solution]
         column = {v: i for i, v in enumerate(free)}
         data, row_index, col_index = [1] * len(free), list(free), list(range(len(free)))
         for variable, form in solution.items():
@@ -84,6 +102,12 @@ class Equations:
         found = sp.csr_array(classes[labels])
         found.data *= np.repeat(signs, np.diff(found.indptr))
         return found
+
+    def _joined_pairs(self) -> Pairs:
+        if not self.pairs:
+            return _no_pairs()
+        a, b = (np.concatenate(side) for side in zip(*self.pairs, strict=True))
+        return a, b, np.repeat(self.opposite, [len(a) for a, _ in self.pairs])
 
     def why_zero(self, variable: int) -> str | None:
         """What pins a variable: the equation nearest to it that sets a scale to zero.
@@ -106,72 +130,107 @@ class Equations:
                 return origin
         return None
 
-    def _components(self) -> tuple[Int, Int]:
-        """Class and sign of every variable under the equations ``x = y`` and ``x = -y``.
 
-        Every variable has two nodes, itself and its negative; an equation joins both of one
-        variable to both of the other. A variable joined to its own negative is zero.
-        """
-        n = self.size
-        left = [a + shift for a, _ in self.pairs for shift in (0, n)]
-        right = [
-            b + (n - shift if opposite else shift)
-            for (_, b), opposite in zip(self.pairs, self.opposite, strict=True)
-            for shift in (0, n)
-        ]
-        a, b = np.concatenate([[0], *left]), np.concatenate([[n], *right])
-        graph = sp.coo_array((np.ones(len(a), dtype=np.int8), (a, b)), (2 * n,) * 2)
-        _, joined = connected_components(graph.tocsr(), directed=False)
-        plus, minus = joined[:n].astype(np.int64), joined[n:].astype(np.int64)
-        either = np.minimum(plus, minus)
-        either[plus == minus] = plus[0]
-        _, labels = np.unique(either, return_inverse=True)
-        labels = labels.reshape(-1).astype(np.int64)
-        signs = np.where(plus <= minus, 1, -1).astype(np.int64)
-        # Of every class the first variable, with sign +1, speaks for it.
-        self._representative = np.zeros(int(labels.max()) + 1, dtype=np.int64)
-        self._representative[labels[::-1]] = np.arange(n - 1, -1, -1)
-        return labels, signs * signs[self._representative[labels]]
+def components(count: int, a: Int, b: Int, opposite: NDArray[np.bool_]) -> tuple[Int, Int]:
+    """Class and sign of ``count`` variables under the equations ``a = b`` and ``a = -b``.
 
-    def _rows_over(self, labels: Int, signs: Int) -> list[dict[int, int]]:
-        """The general equations over classes, each once.
+    Every variable has two nodes, itself and its negative; an equation joins both of one variable
+    to both of the other. A variable joined to its own negative is zero, as variable 0 is. Class 0
+    holds what is zero; of every other class the first variable has sign +1.
+    """
+    flip = opposite * np.int64(count)
+    left = np.concatenate([[0], a, a + count])
+    right = np.concatenate([[count], b + flip, b + count - flip])
+    graph = sp.coo_array((np.ones(len(left), dtype=np.int8), (left, right)), (2 * count,) * 2)
+    _, joined = connected_components(graph.tocsr(), directed=False)
+    plus, minus = joined[:count].astype(np.int64), joined[count:].astype(np.int64)
+    either = np.minimum(plus, minus)
+    either[plus == minus] = plus[0]
+    _, first, labels = np.unique(either, return_index=True, return_inverse=True)
+    labels = labels.reshape(-1).astype(np.int64)
+    signs = np.where(plus <= minus, 1, -1).astype(np.int64)
+    signs *= signs[first[labels]]
+    # The class of variable 0 comes first.
+    order = np.argsort(np.argsort(first))
+    return order[labels], signs
 
-        Those that have become ``x = 0`` or ``x = +-y`` join the pairs instead.
-        """
-        zero, one = int(labels[0]), self._representative
-        general: set[tuple[tuple[int, int], ...]] = set()
-        for given, ids in self.rows:
-            classes, coefficients = labels[ids], given * signs[ids]
-            coefficients[classes == zero] = 0
-            for k in range(1, ids.shape[1]):  # equal classes are merged into the first
-                for j in range(k):
-                    same = classes[:, j] == classes[:, k]
+
+def _no_pairs() -> Pairs:
+    nothing = np.zeros(0, dtype=np.int64)
+    return nothing, nothing, np.zeros(0, dtype=bool)
+
+
+def _by_length(rows: list[Rows]) -> list[Rows]:
+    """Blocks of equations with equally many terms, joined."""
+    widths = sorted({ids.shape[1] for _, ids in rows})
+    return [
+        (
+            np.concatenate([c for c, ids in rows if ids.shape[1] == n]),
+            np.concatenate([ids for _, ids in rows if ids.shape[1] == n]),
+        )
+        for n in widths
+    ]
+
+
+def _over_classes(rows: list[Rows], labels: Int, signs: Int) -> tuple[Pairs | None, list[Rows]]:
+    """The equations rewritten over classes, each once.
+
+    Those that have become ``x = 0`` or ``x = +-y`` are returned as pairs (None if there are none),
+    the others by length.
+    """
+    pairs: list[Pairs] = []
+    general: list[Rows] = []
+    for given, ids in rows:
+        classes, coefficients = labels[ids], given * signs[ids]
+        coefficients[classes == 0] = 0
+        for k in range(1, ids.shape[1]):  # equal classes are merged into the first
+            for j in range(k):
+                same = classes[:, j] == classes[:, k]
+                if same.any():
                     coefficients[same, j] += coefficients[same, k]
                     coefficients[same, k] = 0
-            order = np.argsort(coefficients == 0, axis=1, kind="stable")
-            classes = np.take_along_axis(classes, order, 1)
-            coefficients = np.take_along_axis(coefficients, order, 1)
-            terms = np.count_nonzero(coefficients, axis=1)
-            a = one[classes[terms == 1, 0]]
-            if len(a):
-                self._pair(a, np.zeros_like(a), False, "products of scales")
-            equal = np.zeros(len(terms), dtype=bool)
-            if ids.shape[1] > 1:
-                equal = (terms == 2) & (abs(coefficients[:, 0]) == abs(coefficients[:, 1]))
-            for opposite in (False, True):
-                alike = equal & (
-                    (coefficients[:, 0] == coefficients[:, min(1, ids.shape[1] - 1)]) == opposite
-                )
-                if alike.any():
-                    a, b = one[classes[alike, 0]], one[classes[alike, 1]]
-                    self._pair(a, b, opposite, "products of scales")
-            rest = (terms > 1) & ~equal
-            table = np.unique(np.concatenate([classes[rest], coefficients[rest]], axis=1), axis=0)
-            width = ids.shape[1]
-            for line in table.tolist():
-                row = {v: c for v, c in zip(line[:width], line[width:], strict=True) if c}
-                general.add(tuple(sorted(_primitive(row).items())))
-        return [dict(row) for row in general]
+        # Terms in order of their class, those that have gone last.
+        order = np.argsort(np.where(coefficients == 0, len(labels), classes), axis=1)
+        classes = np.take_along_axis(classes, order, 1)
+        coefficients = np.take_along_axis(coefficients, order, 1)
+        terms = np.count_nonzero(coefficients, axis=1)
+        for n in np.unique(terms[terms > 0]).tolist():
+            c, x = _distinct(coefficients[terms == n, :n], classes[terms == n, :n])
+            if n == 1:
+                pairs.append((x[:, 0], np.zeros_like(x[:, 0]), np.zeros(len(x), dtype=bool)))
+                continue
+            equal = (abs(c[:, 0]) == abs(c[:, 1])) & (n == 2)
+            if equal.any():
+                pairs.append((x[equal, 0], x[equal, 1], c[equal, 0] == c[equal, 1]))
+            if not equal.all():
+                general.append((c[~equal], x[~equal]))
+    if not pairs:
+        return None, general
+    a, b, opposite = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return (a, b, opposite), _by_length(general)
+
+
+def _distinct(coefficients: Int, classes: Int) -> Rows:
+    """Each equation once, also where one is a multiple of another."""
+    divisor = np.gcd.reduce(coefficients, axis=1) * np.sign(coefficients[:, 0])
+    table = np.concatenate([classes, coefficients // divisor[:, None]], axis=1)
+    # One random number per equation is enough to sort by; equal equations share it.
+    weights = np.random.default_rng(0).integers(1, 2**62, table.shape[1], dtype=np.uint64) | 1
+    key = (table.astype(np.uint64) * weights).sum(axis=1, dtype=np.uint64)
+    order = np.argsort(key, kind="stable")
+    table = table[order]
+    new = np.ones(len(table), dtype=bool)
+    new[1:] = (table[1:] != table[:-1]).any(axis=1)
+    table = table[new]
+    return table[:, classes.shape[1] :], table[:, : classes.shape[1]]
+
+
+def _as_dicts(rows: list[Rows]) -> list[dict[int, int]]:
+    return [
+        dict(zip(x, c, strict=True))
+        for coefficients, classes in rows
+        for c, x in zip(coefficients.tolist(), classes.tolist(), strict=True)
+    ]
 
 
 def _primitive(row: dict[int, int]) -> dict[int, int]:

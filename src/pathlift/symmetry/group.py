@@ -8,6 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor, nn
 
 from pathlift.capture import Program, capture
@@ -337,12 +338,11 @@ def spanning_rows(spec: ParameterScales, basis: sp.csr_array) -> sp.csr_array:
     corners = []
     blocks = []
     for _, terms in components:
-        shape = torch.broadcast_shapes(*(ids.shape for _, ids in terms))
-        total = None
-        for coefficient, ids in terms:
-            part = coefficient * basis[ids.expand(shape).reshape(-1).numpy()]
-            total = part if total is None else total + part
-        assert total is not None
+        grids = torch.broadcast_tensors(*(ids for _, ids in terms))
+        flat = _spanning_entries([g.reshape(-1).numpy() for g in grids])
+        total = sp.csr_array((len(flat[0]), basis.shape[1]), dtype=np.int64)
+        for (coefficient, _), ids in zip(terms, flat, strict=True):
+            total = total + coefficient * basis[ids]
         blocks.append(sp.csr_array(total))
         corners.append(sp.csr_array(total[[0]]))
     rows = []
@@ -356,6 +356,26 @@ def spanning_rows(spec: ParameterScales, basis: sp.csr_array) -> sp.csr_array:
             block = sp.csr_array(block + ones @ shift)
         rows.append(block)
     return sp.csr_array(sp.vstack(rows)) if rows else sp.csr_array((0, basis.shape[1]))
+
+
+def _spanning_entries(ids: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Entries whose sums ``c_1 s[ids_1] + c_2 s[ids_2]`` span those of all entries.
+
+    With one term, each scale once. With two terms every entry is an edge between a scale of the
+    one and a scale of the other, and the edges around a cycle add up to zero in turn: a spanning
+    forest is enough (a grouped convolution has O + I such edges among O * I / groups). With more
+    terms, all entries.
+    """
+    if len(ids) == 1:
+        return [np.unique(ids[0])]
+    if len(ids) > 2:
+        return ids
+    size = 1 + max(int(i.max()) for i in ids)
+    ones = np.ones(len(ids[0]), dtype=np.int8)
+    edges = sp.coo_array((ones, (ids[0], ids[1] + size)), (2 * size,) * 2).tocsr()
+    edges.data[:] = 1
+    forest = minimum_spanning_tree(edges).tocoo()
+    return [forest.row.astype(np.int64), forest.col.astype(np.int64) - size]
 
 
 def _restrict_to_effect(basis: sp.csr_array, specs: dict[str, ParameterScales]) -> sp.csr_array:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from pathlift.capture import Graph, Program, in_place, module_path, operation, shape_of
 from pathlift.symmetry.equations import Equations
-from pathlift.symmetry.scales import Form, Leaf, Value, add_forms, collapse, varying
+from pathlift.symmetry.scales import Form, Leaf, Value, add_forms, collapse, thin, varying
 
 Result = Value | Form | Sequence["Value | Form | None"] | None
 Rule = Callable[..., Result]
@@ -26,6 +26,10 @@ RULES: dict[str, Rule] = {}
 
 # Beyond this many equations of one operation the operation is pinned instead.
 _MAX_EQUATIONS = 20_000_000
+# A sum of scales becomes one new scale per element up to this many elements.
+_MAX_SINGLE = 300_000
+# From this many ids of one tensor on it pays to look which of them are known to be zero.
+_LARGE = 10_000
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -131,8 +135,25 @@ class Inference:
         if isinstance(result, Form):
             if result.pinned and result.why is None:
                 return self.fixed(shape, self._here())
+            result = self._without_zeros(result)
             return Value(shape, result if result.shape == shape else result.expand(shape))
         return self.fixed(shape, self._here())
+
+    def _without_zeros(self, form: Form) -> Form:
+        """Drop what is known to be zero from terms that are large enough for it to matter.
+
+        Where joined tensors (a class token before patches) have given every element an id of its
+        own and a norm has then pinned them, what follows becomes small again.
+        """
+        terms = []
+        for coefficient, ids in form.terms:
+            small = collapse(ids)
+            if small.numel() > _LARGE:
+                zero = torch.from_numpy(self.equations.is_zero(small.numpy()))
+                if bool(zero.all()):
+                    continue
+            terms.append((coefficient, ids))
+        return Form(form.shape, tuple(terms), form.why if terms else form.why or self._here())
 
     # ------------------------------------------------------- making values
 
@@ -302,12 +323,18 @@ class Inference:
         if len(form.terms) == 1 and form.terms[0][0] == 1:
             return form.terms[0][1]
         dims = sorted(frozenset().union(*(varying(ids) for _, ids in form.terms)))
+        # Per element only while that is affordable: the longest dimensions (positions) are tied.
+        dims.sort(key=lambda d: form.shape[d])
+        while np.prod([form.shape[d] for d in dims], dtype=np.int64) > _MAX_SINGLE:
+            form = self.tie(form, [dims.pop()]).expand(form.shape)
         new = self.fresh_form(form.shape, dims)
         self.equate(new, form)
         return new.terms[0][1]
 
     def _add(self, terms: Sequence[tuple[int, Tensor]]) -> None:
-        grids = torch.broadcast_tensors(*(ids for _, ids in terms))
+        grids: Sequence[Tensor] = torch.broadcast_tensors(*(ids for _, ids in terms))
+        if grids[0].numel() > _LARGE:
+            grids = thin(grids)
         if grids[0].numel() > _MAX_EQUATIONS:
             raise _Refused
         flat = [g.reshape(-1).numpy() for g in grids]
