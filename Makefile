@@ -13,20 +13,25 @@ test: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
 
+# Hours of models: random scales keep every bit of each one. Rows that docs/zoo.json holds are kept;
+# `make zoo FRESH=--fresh` starts again.
 zoo: .venv/installed
 	$(BIN)/python -m pytest -q -m zoo tests/zoo
+	$(BIN)/python tests/zoo/survey.py $(FRESH)
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/phases.py
 
-# torch comes first and pinned, so that no dependency draws another build of it; the model zoos
-# come without dependencies, because theirs would.
+# torch comes first and pinned, so that no dependency draws another build of it; the model zoos and
+# the training frameworks come without dependencies, because theirs would.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchvision timm
-	$(BIN)/python -m pip install -q -c constraints.txt pillow pyyaml huggingface_hub
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchvision timm transformers \
+		accelerate lightning pytorch-lightning lightning-utilities torchmetrics
+	$(BIN)/python -m pip install -q -c constraints.txt pillow pyyaml huggingface_hub tokenizers \
+		regex requests tqdm filelock packaging fsspec psutil
 	touch $@
 
 clean:

@@ -174,6 +174,8 @@ def _torchvision(name: str) -> Attempts:
     if name.startswith("vit"):
         patch = 14 if "_14" in name else 32 if "_32" in name else 16
         return [at(2, 3, 2 * patch, 2 * patch, image_size=2 * patch)]
+    if name.endswith("inception_v3"):
+        return [at(2, 3, 299, 299)]
     if name.startswith("raft"):
         return [lambda: (get_model(name, weights=None), (torch.randn(1, 3, 128, 128),) * 2)]
     video = ("r3d", "mc3", "r2plus1d", "s3d", "mvit", "swin3d")
@@ -264,7 +266,7 @@ def survey(name: str) -> dict[str, Any]:
             before.append(_run(model, inputs, mode))
         except Exception as error:
             before.append(_first_line(error))
-    model.train()
+    model.train(not isinstance(before[1], str))
     try:
         start = time.perf_counter()
         program = capture(model, inputs)
