@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 from pathlift.capture import Program
-from pathlift.criteria.protocol import Coefficients
-from pathlift.lifting.squared import diagonal
+from pathlift.criteria.protocol import Coefficients, Sink, collected
+from pathlift.lifting.squared import stream_diagonal
 
 
-def path_kernel(program: Program) -> Coefficients:
+def stream_path_kernel(program: Program, sink: Sink) -> Coefficients:
     """``g = diag(dPhi^T dPhi)``; smooth operations pass paths like the identity (noted).
 
     Everything summed is positive, so float32 gives g to about 1e-6 relative, and single precision
@@ -19,15 +21,28 @@ def path_kernel(program: Program) -> Coefficients:
     narrow = all(
         p.dtype != torch.float64 for p in program.parameters.values() if p.is_floating_point()
     )
-    values, _, approximated = diagonal(
-        program,
-        program.training,
-        strict=False,
-        dtype=torch.float32 if narrow else torch.float64,
-    )
-    if narrow and not all(_in_range(g) for g in values.values()):
-        values, _, approximated = diagonal(program, program.training, strict=False)
-    return Coefficients(values, approximated)
+    if narrow:
+
+        def checked(name: str, g: Tensor) -> None:
+            if not _in_range(g):
+                raise _LeavesRange
+            sink(name, g)
+
+        # What was handed on before the range was left comes again.
+        with suppress(_LeavesRange):
+            _, approximated = stream_diagonal(
+                program, program.training, checked, strict=False, dtype=torch.float32
+            )
+            return Coefficients({}, approximated)
+    _, approximated = stream_diagonal(program, program.training, sink, strict=False)
+    return Coefficients({}, approximated)
+
+
+class _LeavesRange(Exception):
+    """Single precision can't hold a coefficient."""
+
+
+path_kernel = collected(stream_path_kernel)
 
 
 def _in_range(g: Tensor) -> bool:

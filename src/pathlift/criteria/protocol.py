@@ -34,6 +34,22 @@ class Coefficients:
 
 
 Criterion = Callable[[Program], Coefficients]
+# Takes one parameter's coefficients. A later call for the same name replaces the earlier.
+Sink = Callable[[str, Tensor], None]
+# A criterion that hands its coefficients on one parameter at a time, in any order, and returns the
+# rest of what a criterion says, without values. What is handed on need not be kept.
+Stream = Callable[[Program, Sink], Coefficients]
+
+
+def collected(stream: Stream) -> Criterion:
+    """The criterion that keeps everything a stream hands on, in the order of the parameters."""
+
+    def criterion(program: Program) -> Coefficients:
+        values: dict[str, Tensor] = {}
+        found = stream(program, values.__setitem__)
+        return replace(found, values={n: values[n] for n in program.parameters if n in values})
+
+    return criterion
 
 
 def given(values: Mapping[str, Tensor]) -> Criterion:

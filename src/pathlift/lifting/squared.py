@@ -281,9 +281,7 @@ class DroppedParameters:
 
     def square(self, name: str) -> Tensor:
         """The square of a parameter (in its unit), made now."""
-        value, self.units[name] = _power(
-            self._program, name, 2, self._dtype, self.units.get(name)
-        )
+        value, self.units[name] = _power(self._program, name, 2, self._dtype, self.units.get(name))
         return value
 
     def open(self, name: str) -> Tensor:
@@ -394,9 +392,7 @@ def diagonal(
     """
     found: dict[str, Tensor] = {}
     if not repeats:
-        shift, approximated = stream_diagonal(
-            program, training, found.__setitem__, strict, dtype
-        )
+        shift, approximated = stream_diagonal(program, training, found.__setitem__, strict, dtype)
         ordered = {n: found[n] for n in program.parameters if n in found}
         return ordered, shift, approximated
     with torch.enable_grad():
