@@ -82,7 +82,7 @@ def condition_(
 
     In every case of failure the model is unchanged.
     """
-    _check_arguments(exact, optimizer, tol, verify)
+    check_arguments(exact, optimizer, tol, verify)
     chosen = as_criterion(criterion, reference)
     conditioner = Conditioner(model, example_inputs, batch_norm=batch_norm)
     return conditioner.condition_(
@@ -131,7 +131,7 @@ class Conditioner:
 
         The report's seconds of capture and symmetry stand in the first report only.
         """
-        _check_arguments(exact, optimizer, tol, verify)
+        check_arguments(exact, optimizer, tol, verify)
         coefficients_of = as_criterion(criterion, reference)
         model, program, group = self.model, self._program, self.group
         self._check_same_parameters()
@@ -221,7 +221,7 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def _check_arguments(exact: object, optimizer: object, tol: object, verify: object) -> None:
+def check_arguments(exact: object, optimizer: object, tol: object, verify: object) -> None:
     for name, flag in (("exact", exact), ("verify", verify)):
         if not isinstance(flag, bool):
             raise ArgumentError(f"{name} must be True or False; found {flag!r}.")

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pathlift.criteria.fisher import fisher, squared_gradients
-from pathlift.criteria.path_kernel import path_kernel, stream_path_kernel
+from pathlift.criteria.path_kernel import STREAM_PATH_KERNEL, path_kernel
 from pathlift.criteria.protocol import Coefficients, Criterion, Sink, Stream, given, relative
 from pathlift.criteria.weights import (
+    STREAM_WEIGHT_RANGE,
     stream_weight_norm,
-    stream_weight_range,
     weight_norm,
     weight_range,
 )
@@ -25,9 +25,9 @@ CRITERIA: dict[str, Criterion] = {
 
 # The same, one parameter at a time, for models that do not fit in memory.
 STREAMS: dict[str, Stream] = {
-    "path-kernel": stream_path_kernel,
+    "path-kernel": STREAM_PATH_KERNEL,
     "weight-norm": stream_weight_norm(),
-    "range": stream_weight_range,
+    "range": STREAM_WEIGHT_RANGE,
 }
 
 

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from pathlift.capture import Program
-from pathlift.criteria.protocol import Coefficients, Sink, collected
+from pathlift.criteria.protocol import Coefficients, Sink, Stream
 from pathlift.lifting.squared import stream_diagonal
 
 
-def stream_path_kernel(program: Program, sink: Sink) -> Coefficients:
-    """``g = diag(dPhi^T dPhi)``; smooth operations pass paths like the identity (noted).
-
-    Everything summed is positive, so float32 gives g to about 1e-6 relative, and single precision
-    is several times faster than double. What it can't represent is repeated in float64.
-    """
+def _hand_on(program: Program, sink: Sink) -> dict[str, int]:
+    """``diag(G)``. Everything summed is positive, so float32 gives g to about 1e-6 relative, and
+    single precision is several times faster than double. What it can't represent is repeated in
+    float64."""
     narrow = all(
         p.dtype != torch.float64 for p in program.parameters.values() if p.is_floating_point()
     )
@@ -33,16 +31,21 @@ def stream_path_kernel(program: Program, sink: Sink) -> Coefficients:
             _, approximated = stream_diagonal(
                 program, program.training, checked, strict=False, dtype=torch.float32
             )
-            return Coefficients({}, approximated)
+            return approximated
     _, approximated = stream_diagonal(program, program.training, sink, strict=False)
-    return Coefficients({}, approximated)
+    return approximated
 
 
 class _LeavesRange(Exception):
     """Single precision can't hold a coefficient."""
 
 
-path_kernel = collected(stream_path_kernel)
+STREAM_PATH_KERNEL = Stream(_hand_on)
+
+
+def path_kernel(program: Program) -> Coefficients:
+    """``g = diag(dPhi^T dPhi)``; smooth operations pass paths like the identity (noted)."""
+    return STREAM_PATH_KERNEL.collected()(program)
 
 
 def _in_range(g: Tensor) -> bool:

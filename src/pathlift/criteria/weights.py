@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pathlift.capture import Program
-from pathlift.criteria.protocol import Coefficients, Criterion, Sink, Stream, collected
+from pathlift.criteria.protocol import Coefficients, Criterion, Sink, Stream
 from pathlift.errors import ArgumentError
 
 
@@ -21,7 +21,7 @@ def weight_norm(q: float = 2, biases: bool = True) -> Criterion:
         q: positive exponent, 2 by default.
         biases: count biases and other vectors too (the publication does in one variant).
     """
-    return collected(stream_weight_norm(q, biases))
+    return stream_weight_norm(q, biases).collected()
 
 
 def stream_weight_norm(q: float = 2, biases: bool = True) -> Stream:
@@ -29,27 +29,31 @@ def stream_weight_norm(q: float = 2, biases: bool = True) -> Stream:
     if isinstance(q, bool) or not isinstance(q, (int, float)) or not 0 < q < math.inf:
         raise ArgumentError(f"q must be a positive finite number; found {q!r}.")
 
-    def stream(program: Program, sink: Sink) -> Coefficients:
+    def hand_on(program: Program, sink: Sink) -> dict[str, int]:
         for name, parameter in program.parameters.items():
             if _counts(parameter, biases):
                 sink(name, _size(program.value(name)).pow_(q))
-        return Coefficients({}, rate=float(q), balanced=False)
+        return {}
 
-    return stream
+    return Stream(hand_on, rate=float(q), balanced=False)
 
 
-def stream_weight_range(program: Program, sink: Sink) -> Coefficients:
+def _hand_on_sizes(program: Program, sink: Sink) -> dict[str, int]:
+    for name, parameter in program.parameters.items():
+        if _counts(parameter, biases=False):
+            sink(name, _size(program.value(name)))
+    return {}
+
+
+STREAM_WEIGHT_RANGE = Stream(_hand_on_sizes, rate=1.0, balanced=False, reduction="max")
+
+
+def weight_range(program: Program) -> Coefficients:
     """Equal ranges ``max |w|`` on both sides of every channel (Nagel et al., ICCV 2019).
 
     Cross-layer equalization, the limit of :func:`weight_norm` for large q; biases do not count.
     """
-    for name, parameter in program.parameters.items():
-        if _counts(parameter, biases=False):
-            sink(name, _size(program.value(name)))
-    return Coefficients({}, rate=1.0, balanced=False, reduction="max")
-
-
-weight_range = collected(stream_weight_range)
+    return STREAM_WEIGHT_RANGE.collected()(program)
 
 
 def _counts(parameter: Tensor, biases: bool) -> bool:
