@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -51,7 +52,7 @@ def rescale_(
         if exponents:
             changes.append((name, parameter, exponents))
     if exact:
-        changes = [(n, p, _in_range(n, p, exponents)) for n, p, exponents in changes]
+        changes = [(n, p, in_range(n, p, exponents)) for n, p, exponents in changes]
     states = list(state_changes(optimizer, changes))
     _all_or_none([(p.data, e, 1) for _, p, e in changes], states, exact)
 
@@ -90,16 +91,31 @@ def multiply_(tensor: Tensor, exponents: Factors, power: int = 1) -> None:
     Powers of two are made by ``ldexp`` on the host, never by a rounding ``pow``. One pass over the
     tensor per factor (rows, columns), each a small tensor that broadcasts.
     """
-    wide = tensor.dtype in (torch.float64, torch.float32)
+    multiply_by_(tensor, power_factors(tensor.dtype, exponents, power))
+
+
+def power_factors(dtype: torch.dtype, exponents: Factors, power: int = 1) -> list[Tensor]:
+    """``2 ** (power * e)`` for each exponent tensor, in the dtype that the product needs."""
+    wide = dtype in (torch.float64, torch.float32)
     largest = abs(power) * sum(float(e.abs().max()) for e in exponents)
-    compute = tensor.dtype if wide and largest < 100 else torch.float64
-    work = tensor if compute == tensor.dtype else tensor.to(compute)
+    compute = dtype if wide and largest < 100 else torch.float64
+    found = []
     for exponent in exponents:
         scaled = (exponent * power).numpy()
         whole = np.rint(scaled)
         factor = np.asarray(np.ldexp(np.exp2(scaled - whole), whole.astype(np.int64)))
-        factors = torch.from_numpy(factor).to(compute).to(tensor.device)
-        work = work.mul_(factors)
+        found.append(torch.from_numpy(factor).to(compute))
+    return found
+
+
+def multiply_by_(tensor: Tensor, factors: Sequence[Tensor]) -> None:
+    """Multiply by every factor in turn, in the factors' dtype, and round once."""
+    if not factors:
+        return
+    compute = factors[0].dtype
+    work = tensor if compute == tensor.dtype else tensor.to(compute)
+    for factor in factors:
+        work = work.mul_(factor.to(tensor.device))
     if work is not tensor:
         tensor.copy_(work.to(tensor.dtype))
 
@@ -124,16 +140,36 @@ def exponent_limits(dtype: torch.dtype) -> tuple[int, int]:
     return int(np.frexp(info.tiny)[1]) - 1, int(np.frexp(info.max)[1]) - 1
 
 
-def _in_range(name: str, parameter: Tensor, exponents: Factors) -> Factors:
-    """The factors to multiply by, in an order that is exact; raises if there is none."""
-    found = exponent_range(parameter)
-    if found is None:
-        return exponents
-    low, high = exponent_limits(parameter.dtype)
-    if (
-        found[1] + sum(max(float(e.max()), 0) for e in exponents) <= high
-        and found[0] + sum(min(float(e.min()), 0) for e in exponents) >= low
-    ):
+@dataclass(frozen=True)
+class Extent:
+    """What is known of a tensor's magnitudes: its dtype and :func:`exponent_range`."""
+
+    dtype: torch.dtype
+    exponents: tuple[int, int] | None
+
+    def allows(self, exponents: Factors) -> bool:
+        """Whether factors ``2 ** exponents`` surely keep every entry normal, in any order."""
+        if self.exponents is None:
+            return True
+        low, high = exponent_limits(self.dtype)
+        return (
+            self.exponents[1] + sum(max(float(e.max()), 0) for e in exponents) <= high
+            and self.exponents[0] + sum(min(float(e.min()), 0) for e in exponents) >= low
+        )
+
+
+def extent(tensor: Tensor) -> Extent:
+    """The magnitudes of a tensor."""
+    return Extent(tensor.dtype, exponent_range(tensor))
+
+
+def in_range(name: str, parameter: Tensor, exponents: Factors) -> Factors:
+    """The factors to multiply by, in an order that is exact.
+
+    Raises:
+        RangeError: there is none; bits would be lost.
+    """
+    if extent(parameter).allows(exponents):
         return exponents
     joined = [sum(exponents[1:], exponents[0])]
     moved = parameter.detach().clone()
@@ -157,14 +193,21 @@ def scale_bounds(
     A tensor's headroom is shared equally among the scales that multiply it; activations keep half
     of the dtype's exponent range.
     """
+    scaled = [n for n, spec in group.parameters.items() if spec.terms]
+    return extent_bounds(group, {n: extent(parameters[n]) for n in scaled})
+
+
+def extent_bounds(
+    group: RescalingGroup, extents: Mapping[str, Extent]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """:func:`scale_bounds` of tensors of which only the magnitudes are known."""
     up = np.full(group.basis.shape[0], np.inf)
     down = np.full(group.basis.shape[0], np.inf)
     for name, spec in group.parameters.items():
         if not spec.terms:
             continue
-        parameter = parameters[name]
-        low, high = exponent_limits(parameter.dtype)
-        found = exponent_range(parameter)
+        low, high = exponent_limits(extents[name].dtype)
+        found = extents[name].exponents
         above = high // 2 if found is None else max(min(high - 1 - found[1], high // 2), 0)
         below = high // 2 if found is None else max(min(found[0] - low, high // 2), 0)
         share = sum(abs(c) for c, _ in spec.terms)

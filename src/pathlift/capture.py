@@ -10,14 +10,15 @@ import inspect
 import operator
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pathlift.errors import ArgumentError, CaptureError
 
@@ -32,6 +33,10 @@ _MODE_IS_A_FLAG = (
 
 # Larger constants are not evaluated: what reads them is treated as unknown.
 _MAX_CONSTANT = 20_000_000
+
+
+# Name -> the values of a parameter, read when they are asked for.
+Source = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Program:
         buffers: name -> buffer, each tensor once.
         aliases: further name -> first name, of tensors registered more than once.
         inputs: the example inputs.
+        source: name -> values, for a model whose parameters are on the meta device.
     """
 
     graphs: tuple[Graph, ...]
@@ -87,6 +93,13 @@ class Program:
     buffers: dict[str, Tensor]
     aliases: dict[str, str]
     inputs: Inputs
+    source: Source | None = None
+
+    def value(self, name: str) -> Tensor:
+        """The values of a parameter, to be read and then let go; not to be written to."""
+        if self.source is not None:
+            return self.source(name)
+        return self.parameters[name].detach()
 
     @property
     def training(self) -> bool:
@@ -182,8 +195,11 @@ def named_tensors(
     return parameters, buffers, aliases
 
 
-def check_model(model: object) -> nn.Module:
-    """Raise unless ``model`` is a module with real, initialised, separately stored parameters."""
+def check_model(model: object, meta: bool = False) -> nn.Module:
+    """Raise unless ``model`` is a module with real, initialised, separately stored parameters.
+
+    ``meta``: parameters on the meta device are allowed (their values come from elsewhere).
+    """
     if not isinstance(model, nn.Module):
         raise ArgumentError(
             f"model must be a torch.nn.Module; found {type(model).__name__}. "
@@ -202,7 +218,7 @@ def check_model(model: object) -> nn.Module:
                 f"'{name}' is not initialised: its module is lazy. Run the model once on an "
                 f"example batch, then call again."
             )
-        if tensor.is_meta:
+        if tensor.is_meta and not (meta and name in parameters):
             raise CaptureError(
                 f"'{name}' is on the meta device and holds no values. Materialise the model "
                 f"(model.to_empty(device=...) and load or initialise weights), then call again."
@@ -290,18 +306,20 @@ def _names(code: Any) -> set[str]:
     return found
 
 
-def capture(model: nn.Module, example_inputs: object) -> Program:
+def capture(model: nn.Module, example_inputs: object, source: Source | None = None) -> Program:
     """Trace ``model`` on ``example_inputs`` without running it on real data.
 
     Args:
         model: any module; left as found (modes, random state, buffers).
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        source: where the values of parameters come from, if not from the model. Its parameters
+            may then be on the meta device; no memory is taken for them.
 
     Raises:
         ArgumentError: ``model`` or ``example_inputs`` has the wrong type.
         CaptureError: the model can't be traced; the message says where and why.
     """
-    model = check_model(model)
+    model = check_model(model, meta=source is not None)
     inputs = as_inputs(example_inputs)
     parameters, buffers, aliases = named_tensors(model)
     own_mode = model.training
@@ -309,13 +327,42 @@ def capture(model: nn.Module, example_inputs: object) -> Program:
     mixed = any(training != own_mode for _, training in states)
     modes = [own_mode, not own_mode] if mixed or _looks_at_mode(model) else [own_mode]
     graphs: list[Graph] = []
-    with preserved(model):
+    with preserved(model), _fake_for_meta(model):
         for mode in modes:
             # The model's own mode is traced as found (a batch norm frozen in eval mode stays so).
             if mode != own_mode:
                 model.train(mode)
             graphs.append(_trace(model, inputs, mode, aliases))
-    return Program(tuple(graphs), parameters, buffers, aliases, inputs)
+    return Program(tuple(graphs), parameters, buffers, aliases, inputs, source)
+
+
+@contextmanager
+def _fake_for_meta(model: nn.Module) -> Iterator[None]:
+    """Let fake CPU tensors stand for parameters on the meta device.
+
+    To the tracer they look like the parameters that will be loaded. Meta tensors would not mix
+    with the inputs and buffers, and what forward makes on their device would have no values.
+    """
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if places else nullcontext()
+    fakes: dict[int, nn.Parameter] = {}
+    for _, _, parameter in places:
+        if id(parameter) not in fakes:
+            with mode:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                fakes[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = fakes[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
 
 
 def _trace(model: nn.Module, inputs: Inputs, mode: bool, aliases: dict[str, str]) -> Graph:

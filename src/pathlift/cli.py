@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
             "spec",
             help="torchvision:NAME, timm:NAME, package.module:FACTORY or file.py:FACTORY",
         )
-        sub.add_argument("--weights", type=Path, help=".safetensors (or .pt/.pth/.bin) state dict")
+        sub.add_argument(
+            "--weights", type=Path, help=".safetensors file, index or folder (or .pt/.pth/.bin)"
+        )
         sub.add_argument(
             "--input",
             action="append",
@@ -70,7 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-norm", choices=("pinned", "invariant"), default="pinned")
     sub = command("condition", _condition, "Condition a model and write its weights.")
     model_options(sub)
-    sub.add_argument("-o", "--output", type=Path, required=True, help="out.safetensors")
+    sub.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="out.safetensors, or a folder for files with an index",
+    )
+    sub.add_argument(
+        "--stream",
+        action="store_true",
+        help="read and write tensor by tensor: for weights that do not fit in memory",
+    )
     sub.add_argument("--criterion", default="path-kernel")
     sub.add_argument("--solver", default="newton", help="newton or coordinate")
     sub.add_argument("--tol", type=float, default=1e-8)
@@ -108,6 +121,8 @@ def _condition(args: Any) -> dict[str, Any]:
     import pathlift
 
     _check_output(args.output)
+    if args.stream:
+        return _condition_stream(args)
     model, inputs = _load(args)
     _progress("conditioning")
     report = pathlift.condition_(
@@ -125,6 +140,52 @@ def _condition(args: Any) -> dict[str, Any]:
         "data": {**report.to_dict(), "output": str(args.output)},
         "text": f"{report}\nwritten      {args.output}",
     }
+
+
+def _condition_stream(args: Any) -> dict[str, Any]:
+    from pathlift.errors import ArgumentError
+    from pathlift.streaming import condition_checkpoint
+
+    if args.weights is None:
+        raise ArgumentError("--stream reads weights as they are needed. Add --weights PATH.")
+
+    def build() -> nn.Module:
+        import torch
+
+        torch.manual_seed(args.seed)
+        return _model(args.spec).train(args.mode == "train")
+
+    report = condition_checkpoint(
+        build,
+        tuple(_example(text) for text in args.input),
+        args.weights,
+        args.output,
+        criterion=args.criterion,
+        solver=args.solver,
+        tol=args.tol,
+        exact=not args.no_exact,
+        batch_norm=args.batch_norm,
+        progress=_Meter(),
+    )
+    return {
+        "data": {**report.to_dict(), "output": str(args.output)},
+        "text": f"{report}\nwritten      {args.output}",
+    }
+
+
+class _Meter:
+    """Progress in bytes on stderr: a line when a phase starts, then one every few seconds."""
+
+    def __init__(self, seconds: float = 2.0) -> None:
+        self._seconds, self._phase, self._shown = seconds, "", 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase == self._phase and now - self._shown < self._seconds:
+            return
+        self._phase, self._shown = phase, now
+        share = f" of {total / 1e9:.2f}" if total else ""
+        _progress(f"{phase}, {done / 1e9:.2f}{share} GB" if done else phase)
 
 
 def _norms(args: Any) -> dict[str, Any]:
@@ -239,12 +300,14 @@ def _checked(model: object, spec: str) -> nn.Module:
 def _load_weights(model: nn.Module, path: Path) -> None:
     import torch
 
+    from pathlift.checkpoint import open_checkpoint
     from pathlift.errors import ArgumentError
 
-    if not path.is_file():
+    if not path.exists():
         raise ArgumentError(f"there is no weights file {str(path)!r}. Give a path that exists.")
-    if path.suffix == ".safetensors":
-        state = _safetensors().load_file(path)
+    if path.is_dir() or path.suffix in (".safetensors", ".json"):
+        with open_checkpoint(path) as checkpoint:
+            state = {name: checkpoint.read(name) for name in checkpoint.tensors}
     elif path.suffix in (".pt", ".pth", ".bin"):
         try:
             # Never unpickle arbitrary objects: a checkpoint may come from anywhere.
@@ -256,7 +319,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             ) from error
     else:
         raise ArgumentError(
-            f"{str(path)!r} has suffix {path.suffix!r}. Supported: .safetensors, .pt, .pth, .bin."
+            f"{str(path)!r} has suffix {path.suffix!r}. Supported: .safetensors, an "
+            f"index (.json) or the folder of either, .pt, .pth, .bin."
         )
     own = model.state_dict()
     aliases: dict[tuple[int, Any], str] = {}
@@ -277,51 +341,48 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _check_output(path: Path) -> None:
+    """A file ends in .safetensors; everything else is a folder, but for what means a file."""
     from pathlift.errors import ArgumentError
 
-    if path.suffix != ".safetensors":
-        raise ArgumentError(f"the output {str(path)!r} must end in .safetensors.")
+    file = path.suffix in (".pt", ".pth", ".bin", ".json", ".npz", ".onnx") or path.is_file()
+    if path.suffix != ".safetensors" and file:
+        raise ArgumentError(
+            f"the output {str(path)!r} must end in .safetensors, or be a folder for files with an "
+            f"index."
+        )
+    if path.suffix == ".safetensors" and path.is_dir():
+        raise ArgumentError(f"the output {str(path)!r} is a folder. Name a file, or another one.")
     if not path.parent.is_dir():
         raise ArgumentError(f"there is no folder {str(path.parent)!r}. Make it first.")
-    _safetensors()
-
-
-def _safetensors() -> Any:
-    from pathlift.errors import MissingDependencyError
-
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise MissingDependencyError(
-            "reading and writing .safetensors needs safetensors. Run: pip install 'pathlift[cli]'."
-        ) from error
 
 
 def _save(model: nn.Module, path: Path) -> None:
-    """Write atomically: a temporary file beside the target, flushed to disk, then renamed.
+    """Write the state dict as one file, or as a folder of one file and an index; atomically.
 
     A tensor that stands under several names is stored once, under its first name; loading fills
     in the others.
     """
-    stored: dict[str, Any] = {}
+    from pathlift.checkpoint import Shard, as_bytes, write_file, write_folder
+
+    stored: dict[str, Tensor] = {}
     seen: set[tuple[int, Any]] = set()
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape)
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
-        stored[name] = tensor.detach().contiguous()
-    data = _safetensors().save(stored, metadata={"format": "pt"})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        stored[name] = tensor
+    # Wide dtypes first, so that every tensor is aligned.
+    order = sorted(stored, key=lambda name: -stored[name].dtype.itemsize)
+    shard = Shard(
+        [(n, stored[n].dtype, tuple(stored[n].shape)) for n in order],
+        lambda: (as_bytes(stored[n]) for n in order),
+        {"format": "pt"},
+    )
+    if path.suffix == ".safetensors":
+        write_file(path, shard)
+    else:
+        write_folder(path, [shard], {})
 
 
 if __name__ == "__main__":

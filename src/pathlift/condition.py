@@ -24,10 +24,10 @@ from pathlift.capture import (
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, VerificationError
 from pathlift.report import ConditioningReport
-from pathlift.solve import solve, value
-from pathlift.solve.assemble import assemble
+from pathlift.solve import Problem, Solution, solve, value
+from pathlift.solve.assemble import Assembled, assemble
 from pathlift.solve.integer import round_scales
-from pathlift.symmetry.group import infer_group
+from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.training.optimizers import Optimizers
 
 
@@ -82,7 +82,7 @@ def condition_(
 
     In every case of failure the model is unchanged.
     """
-    _check_arguments(exact, optimizer, tol, verify)
+    check_arguments(exact, optimizer, tol, verify)
     chosen = as_criterion(criterion, reference)
     conditioner = Conditioner(model, example_inputs, batch_norm=batch_norm)
     return conditioner.condition_(
@@ -111,9 +111,9 @@ class Conditioner:
         self.model = check_model(model)
         self.batch_norm = batch_norm
         self._seconds: dict[str, float] = {}
-        with _timed(self._seconds, "capture"):
+        with timed(self._seconds, "capture"):
             self._program = capture(self.model, example_inputs)
-        with _timed(self._seconds, "symmetry"):
+        with timed(self._seconds, "symmetry"):
             self.group = infer_group(self._program, batch_norm)
 
     def condition_(
@@ -131,36 +131,27 @@ class Conditioner:
 
         The report's seconds of capture and symmetry stand in the first report only.
         """
-        _check_arguments(exact, optimizer, tol, verify)
+        check_arguments(exact, optimizer, tol, verify)
         coefficients_of = as_criterion(criterion, reference)
         model, program, group = self.model, self._program, self.group
         self._check_same_parameters()
         _check_finite(program)
         seconds = {"capture": 0.0, "symmetry": 0.0} | self._seconds
         self._seconds = {}
-        with _timed(seconds, "criterion"):
+        with timed(seconds, "criterion"):
             coefficients = coefficients_of(program)
             lower, upper = scale_bounds(group, {**program.buffers, **program.parameters})
             trainable = {n: p.requires_grad for n, p in program.parameters.items()}
             assembled = assemble(group, coefficients, trainable, lower, upper)
-        with _timed(seconds, "solve"):
-            problem = assembled.problem
-            solution = solve(problem, solver, tol)
-            scales: NDArray[Any] = solution.log2_scales
-            origin = np.zeros(group.num_scales)
-            if exact:
-                scales = round_scales(problem, scales)
-            chosen = scales.astype(np.float64)
-            if value(problem, chosen) >= value(problem, origin):
-                # Integers near the optimum may be no better than staying.
-                scales, chosen = np.zeros_like(scales), origin
+        with timed(seconds, "solve"):
+            solution, scales = choose_scales(assembled.problem, solver, tol, exact)
         outputs = None
-        with _timed(seconds, "verify"):
+        with timed(seconds, "verify"):
             if verify:
                 outputs = _outputs(model, program)
-        with _timed(seconds, "apply"):
+        with timed(seconds, "apply"):
             rescale_(model, group, scales, optimizer)
-        with _timed(seconds, "verify"):
+        with timed(seconds, "verify"):
             change = None
             if outputs is not None:
                 try:
@@ -169,19 +160,8 @@ class Conditioner:
                 except BaseException:
                     rescale_(model, group, -scales, optimizer)
                     raise
-        return ConditioningReport(
-            num_scales=group.num_scales,
-            num_parameters=problem.count,
-            imbalance_before=assembled.imbalance(origin),
-            imbalance_after=assembled.imbalance(chosen),
-            gradient_norm=solution.gradient_norm,
-            iterations=solution.iterations,
-            dead_channels=len(assembled.dead),
-            log2_scales=torch.from_numpy(scales),
-            max_output_change=change,
-            unsupported=group.unsupported,
-            approximated=coefficients.approximated,
-            seconds=seconds,
+        return summarised(
+            group, assembled, solution, scales, coefficients.approximated, change, seconds
         )
 
     def _check_same_parameters(self) -> None:
@@ -194,14 +174,54 @@ class Conditioner:
                 )
 
 
+def choose_scales(
+    problem: Problem, solver: str, tol: float, exact: bool
+) -> tuple[Solution, NDArray[Any]]:
+    """The continuous solution, and the scales to apply: int64 if exact, else float64."""
+    solution = solve(problem, solver, tol)
+    scales: NDArray[Any] = solution.log2_scales
+    if exact:
+        scales = round_scales(problem, scales)
+    if value(problem, scales.astype(np.float64)) >= value(problem, np.zeros(problem.num_scales)):
+        # Integers near the optimum may be no better than staying.
+        scales = np.zeros_like(scales)
+    return solution, scales
+
+
+def summarised(
+    group: RescalingGroup,
+    assembled: Assembled,
+    solution: Solution,
+    scales: NDArray[Any],
+    approximated: dict[str, int],
+    change: float | None,
+    seconds: dict[str, float],
+) -> ConditioningReport:
+    """The report of scales that were applied."""
+    return ConditioningReport(
+        num_scales=group.num_scales,
+        num_parameters=assembled.problem.count,
+        imbalance_before=assembled.imbalance(np.zeros(group.num_scales)),
+        imbalance_after=assembled.imbalance(scales.astype(np.float64)),
+        gradient_norm=solution.gradient_norm,
+        iterations=solution.iterations,
+        dead_channels=len(assembled.dead),
+        log2_scales=torch.from_numpy(scales),
+        max_output_change=change,
+        unsupported=group.unsupported,
+        approximated=approximated,
+        seconds=seconds,
+    )
+
+
 @contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def _check_arguments(exact: object, optimizer: object, tol: object, verify: object) -> None:
+def check_arguments(exact: object, optimizer: object, tol: object, verify: object) -> None:
     for name, flag in (("exact", exact), ("verify", verify)):
         if not isinstance(flag, bool):
             raise ArgumentError(f"{name} must be True or False; found {flag!r}.")

@@ -29,3 +29,7 @@ class VerificationError(PathliftError):
 
 class MissingDependencyError(PathliftError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+class CheckpointError(PathliftError):
+    """A checkpoint can't be read, does not fit the model, or can't be written."""

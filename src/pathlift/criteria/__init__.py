@@ -7,15 +7,27 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pathlift.criteria.fisher import fisher, squared_gradients
-from pathlift.criteria.path_kernel import path_kernel
-from pathlift.criteria.protocol import Coefficients, Criterion, given, relative
-from pathlift.criteria.weights import weight_norm, weight_range
+from pathlift.criteria.path_kernel import STREAM_PATH_KERNEL, path_kernel
+from pathlift.criteria.protocol import Coefficients, Criterion, Sink, Stream, given, relative
+from pathlift.criteria.weights import (
+    STREAM_WEIGHT_RANGE,
+    stream_weight_norm,
+    weight_norm,
+    weight_range,
+)
 from pathlift.errors import ArgumentError
 
 CRITERIA: dict[str, Criterion] = {
     "path-kernel": path_kernel,
     "weight-norm": weight_norm(),
     "range": weight_range,
+}
+
+# The same, one parameter at a time, for models that do not fit in memory.
+STREAMS: dict[str, Stream] = {
+    "path-kernel": STREAM_PATH_KERNEL,
+    "weight-norm": stream_weight_norm(),
+    "range": STREAM_WEIGHT_RANGE,
 }
 
 
@@ -49,8 +61,11 @@ def as_criterion(
 
 __all__ = [
     "CRITERIA",
+    "STREAMS",
     "Coefficients",
     "Criterion",
+    "Sink",
+    "Stream",
     "as_criterion",
     "fisher",
     "path_kernel",

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 from pathlift.capture import Program
-from pathlift.criteria.protocol import Coefficients
-from pathlift.lifting.squared import diagonal
+from pathlift.criteria.protocol import Coefficients, Sink, Stream
+from pathlift.lifting.squared import stream_diagonal
 
 
-def path_kernel(program: Program) -> Coefficients:
-    """``g = diag(dPhi^T dPhi)``; smooth operations pass paths like the identity (noted).
-
-    Everything summed is positive, so float32 gives g to about 1e-6 relative, and single precision
-    is several times faster than double. What it can't represent is repeated in float64.
-    """
+def _hand_on(program: Program, sink: Sink) -> dict[str, int]:
+    """``diag(G)``. Everything summed is positive, so float32 gives g to about 1e-6 relative, and
+    single precision is several times faster than double. What it can't represent is repeated in
+    float64."""
     narrow = all(
         p.dtype != torch.float64 for p in program.parameters.values() if p.is_floating_point()
     )
-    values, _, approximated = diagonal(
-        program,
-        program.training,
-        strict=False,
-        dtype=torch.float32 if narrow else torch.float64,
-    )
-    if narrow and not all(_in_range(g) for g in values.values()):
-        values, _, approximated = diagonal(program, program.training, strict=False)
-    return Coefficients(values, approximated)
+    if narrow:
+
+        def checked(name: str, g: Tensor) -> None:
+            if not _in_range(g):
+                raise _LeavesRange
+            sink(name, g)
+
+        # What was handed on before the range was left comes again.
+        with suppress(_LeavesRange):
+            _, approximated = stream_diagonal(
+                program, program.training, checked, strict=False, dtype=torch.float32
+            )
+            return approximated
+    _, approximated = stream_diagonal(program, program.training, sink, strict=False)
+    return approximated
+
+
+class _LeavesRange(Exception):
+    """Single precision can't hold a coefficient."""
+
+
+STREAM_PATH_KERNEL = Stream(_hand_on)
+
+
+def path_kernel(program: Program) -> Coefficients:
+    """``g = diag(dPhi^T dPhi)``; smooth operations pass paths like the identity (noted)."""
+    return STREAM_PATH_KERNEL.collected()(program)
 
 
 def _in_range(g: Tensor) -> bool:

@@ -34,6 +34,41 @@ class Coefficients:
 
 
 Criterion = Callable[[Program], Coefficients]
+# Takes one parameter's coefficients. A later call for the same name replaces the earlier.
+Sink = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A criterion that hands its coefficients on one parameter at a time, in any order.
+
+    What is handed on need not be kept, so that the model may be larger than memory.
+
+    Attributes:
+        hand_on: calls the sink for every parameter; returns the operations a stand-in was used
+            for, with counts.
+        rate, balanced, reduction: see :class:`Coefficients`.
+    """
+
+    hand_on: Callable[[Program, Sink], dict[str, int]]
+    rate: float = -2.0
+    balanced: bool = True
+    reduction: str = "sum"
+
+    def coefficients(self, values: dict[str, Tensor], approximated: dict[str, int]) -> Coefficients:
+        """What a criterion returns that found these values."""
+        return Coefficients(values, approximated, self.rate, self.balanced, self.reduction)
+
+    def collected(self) -> Criterion:
+        """The criterion that keeps everything, in the order of the model's parameters."""
+
+        def criterion(program: Program) -> Coefficients:
+            values: dict[str, Tensor] = {}
+            approximated = self.hand_on(program, values.__setitem__)
+            ordered = {n: values[n] for n in program.parameters if n in values}
+            return self.coefficients(ordered, approximated)
+
+        return criterion
 
 
 def given(values: Mapping[str, Tensor]) -> Criterion:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pathlift.capture import Program
-from pathlift.criteria.protocol import Coefficients, Criterion
+from pathlift.criteria.protocol import Coefficients, Criterion, Sink, Stream
 from pathlift.errors import ArgumentError
 
 
@@ -21,14 +21,31 @@ def weight_norm(q: float = 2, biases: bool = True) -> Criterion:
         q: positive exponent, 2 by default.
         biases: count biases and other vectors too (the publication does in one variant).
     """
+    return stream_weight_norm(q, biases).collected()
+
+
+def stream_weight_norm(q: float = 2, biases: bool = True) -> Stream:
+    """:func:`weight_norm`, one parameter at a time."""
     if isinstance(q, bool) or not isinstance(q, (int, float)) or not 0 < q < math.inf:
         raise ArgumentError(f"q must be a positive finite number; found {q!r}.")
 
-    def criterion(program: Program) -> Coefficients:
-        values = {n: _size(p) ** q for n, p in program.parameters.items() if _counts(p, biases)}
-        return Coefficients(values, rate=float(q), balanced=False)
+    def hand_on(program: Program, sink: Sink) -> dict[str, int]:
+        for name, parameter in program.parameters.items():
+            if _counts(parameter, biases):
+                sink(name, _size(program.value(name)).pow_(q))
+        return {}
 
-    return criterion
+    return Stream(hand_on, rate=float(q), balanced=False)
+
+
+def _hand_on_sizes(program: Program, sink: Sink) -> dict[str, int]:
+    for name, parameter in program.parameters.items():
+        if _counts(parameter, biases=False):
+            sink(name, _size(program.value(name)))
+    return {}
+
+
+STREAM_WEIGHT_RANGE = Stream(_hand_on_sizes, rate=1.0, balanced=False, reduction="max")
 
 
 def weight_range(program: Program) -> Coefficients:
@@ -36,8 +53,7 @@ def weight_range(program: Program) -> Coefficients:
 
     Cross-layer equalization, the limit of :func:`weight_norm` for large q; biases do not count.
     """
-    values = {n: _size(p) for n, p in program.parameters.items() if _counts(p, biases=False)}
-    return Coefficients(values, rate=1.0, balanced=False, reduction="max")
+    return STREAM_WEIGHT_RANGE.collected()(program)
 
 
 def _counts(parameter: Tensor, biases: bool) -> bool:
@@ -45,5 +61,5 @@ def _counts(parameter: Tensor, biases: bool) -> bool:
 
 
 def _size(parameter: Tensor) -> Tensor:
-    # float64 throughout: a power of a small float32 underflows.
-    return parameter.detach().to("cpu", torch.float64).abs()
+    # float64 throughout: a power of a small float32 underflows. A new tensor in any case.
+    return parameter.detach().cpu().abs().to(torch.float64)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from pathlift.capture import Program, in_place, module_path, operation, shape_of
+from pathlift.capture import Graph, Program, in_place, module_path, operation, shape_of
 from pathlift.errors import UnsupportedOperationError
 
 
@@ -125,6 +125,7 @@ def lifted_pass(
     strict: bool = True,
     dtype: torch.dtype = torch.float64,
     differentiable: bool = False,
+    store: KeptParameters | DroppedParameters | None = None,
 ) -> LiftedPass:
     """Run the lifted network of exponent ``p`` on ones.
 
@@ -135,34 +136,30 @@ def lifted_pass(
     raised to ``p``, so the range of ``dtype`` bounds ratios within one tensor only.
 
     With ``differentiable`` the result is a function of the model's own parameters, else of the
-    leaf tensors in :attr:`LiftedPass.parameters`.
+    leaf tensors in :attr:`LiftedPass.parameters`. ``store`` says where lifted parameters come from
+    and how long they stay; by default they are all kept.
 
     Raises:
         UnsupportedOperationError: ``strict`` and the graph has an operation without paths.
     """
     graph = program.graph(training)
-    parameters: dict[str, Tensor] = {}
-    units: dict[str, int] = {}
-    for name, q in program.parameters.items():
-        if q.is_floating_point():
-            units[name] = _unit_exponent(q)
-            source = q if differentiable else q.detach()
-            scaled = source.to("cpu", dtype) * 2.0 ** -units[name]
-            parameters[name] = scaled.square() if p == 2 else scaled.abs() ** p
-            if not differentiable:
-                parameters[name].requires_grad_(torch.is_grad_enabled())
+    if store is None:
+        store = KeptParameters(program, p, dtype, differentiable)
     context = _Context(p, strict, dtype)
     env: dict[fx.Node, Any] = {}
     batch: set[int] = set()
+    owners = {n: graph.tensors.get(n.name, "") for n in graph.nodes if n.op == "placeholder"}
+    last = _last_reads(graph, {n for n, name in owners.items() if store.has(name)})
     for node in graph.nodes:
         context.node = node
+        for source in node.all_input_nodes:
+            name = owners.get(source, "")
+            if source not in env and store.has(name):
+                env[source] = Lifted(store.open(name), p * store.unit(name))
         if node in graph.constants:
             env[node] = graph.constants[node]
         elif node.op == "placeholder":
-            name = graph.tensors.get(node.name, "")
-            if name in parameters:
-                env[node] = Lifted(parameters[name], p * units[name])
-            elif isinstance(node.meta.get("val"), Tensor):
+            if not store.has(owners[node]) and isinstance(node.meta.get("val"), Tensor):
                 shape = shape_of(node)
                 batch.add(shape[0] if len(shape) > 1 else -1)
                 env[node] = Lifted(torch.ones((), dtype=dtype).expand(shape))
@@ -170,6 +167,10 @@ def lifted_pass(
             env[node] = _call(context, node, env)
             if in_place(node) and isinstance(node.args[0], fx.Node):
                 env[node.args[0]] = env[node]
+        if node.op != "output":
+            for source in last.get(node, ()):
+                env.pop(source, None)
+                store.close(owners.get(source, ""))
     outputs = [env[n] for n in graph.outputs() if isinstance(env.get(n), Lifted)]
     if not outputs:
         raise UnsupportedOperationError(
@@ -184,7 +185,191 @@ def lifted_pass(
     if len(batch) == 1 and -1 not in batch:
         total = total / batch.pop()
         values = [v[0] for v in values]
-    return LiftedPass(total, values, top, parameters, units, context.approximated)
+    return LiftedPass(total, values, top, store.leaves, store.units, context.approximated)
+
+
+def _last_reads(graph: Graph, parameters: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the values that are read there for the last time.
+
+    A parameter lives until the views taken of it alone (a transpose, a chunk) have been read too.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    reach: dict[fx.Node, int] = {}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        plain = max((order[u] for u in node.users if u in order), default=order[node])
+        views = [reach[u] for u in node.users if u in order and len(u.all_input_nodes) == 1]
+        reach[node] = max([plain, *views])
+        end = reach[node] if node in parameters else plain
+        found.setdefault(graph.nodes[end], []).append(node)
+    return found
+
+
+def _power(program: Program, name: str, p: float, dtype: torch.dtype, unit: int | None) -> Any:
+    """``|theta * 2**-unit|^p`` of a parameter, detached, and the unit (found if not given)."""
+    q = program.value(name)
+    unit = _unit_exponent(q) if unit is None else unit
+    x = q.to("cpu", dtype)
+    if unit:
+        x = x * 2.0**-unit
+    return (x.square() if p == 2 else x.abs() ** p), unit
+
+
+class KeptParameters:
+    """Lifted parameters made at once and kept, each a leaf (or a function of the model's own)."""
+
+    def __init__(
+        self, program: Program, p: float, dtype: torch.dtype, differentiable: bool = False
+    ) -> None:
+        self.leaves: dict[str, Tensor] = {}
+        self.units: dict[str, int] = {}
+        for name, q in program.parameters.items():
+            if not q.is_floating_point():
+                continue
+            if differentiable:
+                self.units[name] = _unit_exponent(q)
+                scaled = q.to("cpu", dtype) * 2.0 ** -self.units[name]
+                self.leaves[name] = scaled.square() if p == 2 else scaled.abs() ** p
+            else:
+                self.leaves[name], self.units[name] = _power(program, name, p, dtype, None)
+                self.leaves[name].requires_grad_(torch.is_grad_enabled())
+
+    def has(self, name: str) -> bool:
+        """Whether the name is that of a lifted parameter."""
+        return name in self.leaves
+
+    def open(self, name: str) -> Tensor:
+        """The lifted parameter."""
+        return self.leaves[name]
+
+    def unit(self, name: str) -> int:
+        """The power of two taken out of the parameter."""
+        return self.units[name]
+
+    def close(self, name: str) -> None:
+        """The forward pass needs the parameter no more."""
+
+
+class DroppedParameters:
+    """Squared parameters made when the forward pass first reads them and dropped after.
+
+    The backward pass needs them again. What autograd would save of a squared parameter (or of a
+    view of it) is saved as its name, and made anew when it is read; the gradient goes to ``sink``
+    as soon as it is complete and is not kept. So no more than a few squares and gradients exist at
+    a time, whatever the size of the model. A square is made by the same elementwise operations
+    each time: nothing changes in the result.
+
+    What an operation computes from parameters alone (a copy, a product of two) is an activation
+    like others: kept if the backward pass needs it.
+    """
+
+    def __init__(
+        self, program: Program, dtype: torch.dtype, sink: Callable[[str, Tensor], None]
+    ) -> None:
+        self.leaves: dict[str, Tensor] = {}
+        self.units: dict[str, int] = {}
+        self.token = torch.zeros((), requires_grad=True)
+        self._program, self._dtype, self._sink = program, dtype, sink
+        self._names = {n for n, q in program.parameters.items() if q.is_floating_point()}
+        self._live: dict[int, str] = {}  # address of a square that is in memory -> its name
+        self._addresses: dict[str, int] = {}
+        self.arrived: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        """Whether the name is that of a lifted parameter."""
+        return name in self._names
+
+    def square(self, name: str) -> Tensor:
+        """The square of a parameter (in its unit), made now."""
+        value, self.units[name] = _power(self._program, name, 2, self._dtype, self.units.get(name))
+        return value
+
+    def open(self, name: str) -> Tensor:
+        """The squared parameter, as an output of a node whose gradient goes to the sink."""
+        u: Tensor = _Square.apply(self.token, self, name)  # type: ignore[no-untyped-call]
+        address = u.untyped_storage().data_ptr()
+        if address:
+            self._live[address] = name
+            self._addresses[name] = address
+        return u
+
+    def unit(self, name: str) -> int:
+        """The power of two taken out of the parameter."""
+        return self.units[name]
+
+    def close(self, name: str) -> None:
+        """The forward pass needs the parameter no more; its address may be used again."""
+        self._live.pop(self._addresses.pop(name, 0), None)
+
+    def saved(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context in which the forward pass must run."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        name = self._live.get(tensor.untyped_storage().data_ptr())
+        if name is None:
+            return tensor
+        return name, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        name, shape, stride, offset = packed
+        return self.square(name).as_strided(shape, stride, offset)
+
+    def receive(self, name: str, gradient: Tensor) -> None:
+        """Hand a complete gradient on."""
+        self.arrived.add(name)
+        self._sink(name, _rescaled(gradient.detach(), self.units[name]))
+
+    def finish(self) -> None:
+        """Hand on zeros for every parameter on no path (all one zero, expanded)."""
+        for name, q in self._program.parameters.items():
+            if name in self._names and name not in self.arrived:
+                self._sink(name, torch.zeros((), dtype=self._dtype).expand(q.shape))
+
+
+class _Square(torch.autograd.Function):
+    """A squared parameter as a function of a token, so that no leaf holds it in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, store: DroppedParameters, name: str) -> Tensor:
+        ctx.store, ctx.name = store, name
+        return store.square(name)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.store.receive(ctx.name, gradients[0])
+        return None, None, None
+
+
+def stream_diagonal(
+    program: Program,
+    training: bool,
+    sink: Callable[[str, Tensor], None],
+    strict: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[float, dict[str, int]]:
+    """``diag(G)`` up to one power of two, parameter by parameter, each handed on once complete.
+
+    A parameter that one path passes m times counts m times. Memory: the activations of one sample
+    and a few tensors of the size of the largest parameter.
+
+    Args:
+        sink: called with every name and ``g * 2**-shift`` of the parameter's shape, in the order
+            of the backward pass (expanded zeros for a parameter on no path).
+
+    Returns:
+        The shift, and the operations a stand-in was used for.
+    """
+    store = DroppedParameters(program, dtype, sink)
+    with torch.enable_grad():
+        with store.saved():
+            result = lifted_pass(program, training, 2, strict, dtype, store=store)
+        if result.total.requires_grad:
+            torch.autograd.grad(result.total, store.token, allow_unused=True)
+    store.finish()
+    return result.shift, result.approximated
 
 
 def diagonal(
@@ -205,6 +390,11 @@ def diagonal(
         name -> float64 tensor ``g * 2**-shift`` of the parameter's shape (zeros for a parameter
         on no path), the shift, and the operations a stand-in was used for.
     """
+    found: dict[str, Tensor] = {}
+    if not repeats:
+        shift, approximated = stream_diagonal(program, training, found.__setitem__, strict, dtype)
+        ordered = {n: found[n] for n in program.parameters if n in found}
+        return ordered, shift, approximated
     with torch.enable_grad():
         result = lifted_pass(program, training, 2, strict, dtype)
         names = list(result.parameters)
@@ -214,13 +404,12 @@ def diagonal(
                 result.total,
                 [result.parameters[n] for n in names],
                 allow_unused=True,
-                create_graph=repeats,
+                create_graph=True,
             )
-        found = {}
         for name, gradient in zip(names, grads, strict=True):
             u = result.parameters[name]
             g = torch.zeros_like(u) if gradient is None else gradient.detach()
-            if repeats and gradient is not None and _reused(program, training, name):
+            if gradient is not None and _reused(program, training, name):
                 g = g + u.detach() * _second_derivatives(gradient, u)
             found[name] = _rescaled(g, result.units[name])
     return found, result.shift, result.approximated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,11 @@ from pathlift.solve.ranges import value
 from pathlift.symmetry.group import ParameterScales, RescalingGroup
 
 Array = NDArray[np.float64]
+# A group of axes and the terms of the exponent that vary along them.
+Part = tuple[tuple[int, ...], list[tuple[int, Tensor]]]
+
+# Entries of a tensor that are worked on at a time where a copy is needed.
+_PIECE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,68 @@ def assemble(
         trainable: parameter name -> whether it counts.
         lower, upper: bounds ``(H,)`` on the scales, log2.
     """
-    coefficients, maxima = criterion.values, criterion.reduction == "max"
+    sums = {
+        name: sum_up(
+            group.parameters[name], g, criterion.reduction == "max", trainable.get(name, True)
+        )
+        for name, g in criterion.values.items()
+    }
+    return assemble_sums(group, sums, criterion, trainable, lower, upper)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the problem needs of one parameter's coefficients.
+
+    Attributes:
+        numel: entries of the parameter.
+        positive: entries with a positive coefficient.
+        log_sum: sum of their natural logarithms (0 for a parameter that does not count).
+        parts: the groups of axes that carry scales, two at most; none where no scale acts.
+        matrix: sums (or maxima) over entries of equal scale, one axis per part; without parts the
+            sum of all. float64.
+        labels: per part, the distinct tuples of variables and how many indices share them.
+        number: like ``matrix``, how many positive entries; None if all are positive.
+    """
+
+    numel: int
+    positive: int
+    log_sum: float
+    parts: list[Part]
+    matrix: Tensor
+    labels: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    number: Tensor | None
+
+
+def sum_up(spec: ParameterScales, g: Tensor, maxima: bool, counted: bool = True) -> Sums:
+    """Sum a parameter's coefficients (or take maxima) over entries of equal scale."""
+    positive = int(torch.count_nonzero(g))
+    if not positive:
+        return Sums(g.numel(), 0, 0.0, [], torch.zeros((), dtype=torch.float64), [], None)
+    full = positive == g.numel()
+    log_sum = _log_sum(g if full else g[g > 0]) if counted else 0.0
+    parts = _two_parts(spec)
+    if not parts:
+        total = g.sum(dtype=torch.float64)
+        return Sums(g.numel(), positive, log_sum, [], total, [], None)
+    matrix, labels = _reduce(g, parts, maxima)
+    number = None if full else _reduce((g > 0).to(torch.float64), parts)[0]
+    matrix = matrix.to(torch.float64).contiguous()
+    return Sums(g.numel(), positive, log_sum, parts, matrix, labels, number)
+
+
+def assemble_sums(
+    group: RescalingGroup,
+    sums: Mapping[str, Sums],
+    criterion: Coefficients,
+    trainable: Mapping[str, bool],
+    lower: Array,
+    upper: Array,
+) -> Assembled:
+    """The problem of parameters whose coefficients are summed already; see :func:`assemble`.
+
+    ``criterion``: its values are not read.
+    """
     # The problem is written for the rate -2; other rates multiply the exponents.
     factor = -criterion.rate / 2
     h = group.num_scales
@@ -77,32 +143,25 @@ def assemble(
     forms: list[sp.csr_array] = []
     constant, count, log_sum = 0.0, 0, 0.0
     linear, entering, leaving = np.zeros(h), np.zeros(h), np.zeros(h)
-    for name, g in coefficients.items():
-        positive = int(torch.count_nonzero(g))
-        if not positive:
+    for name, entries in sums.items():
+        if not entries.positive:
             continue
-        full = positive == g.numel()
         counted = trainable.get(name, True)
+        parts, labels, number = entries.parts, entries.labels, entries.number
         if counted:
-            count += positive
-            log_sum += _log_sum(g if full else g[g > 0])
-        spec = group.parameters[name]
-        parts = _two_parts(spec)
+            count += entries.positive
+            log_sum += entries.log_sum
         if not parts:
-            constant += float(g.sum(dtype=torch.float64)) if counted else 0.0
+            constant += float(entries.matrix) if counted else 0.0
             continue
-        matrix, labels = _reduce(g, parts, maxima)
-        matrix = matrix.to(torch.float64)
-        number = matrix_counts = None
-        if not full:
-            number, _ = _reduce((g > 0).to(torch.float64), parts)
+        matrix_counts = None
         rows = [
             _forms(table, [c for c, _ in terms], group.basis, factor)
             for (_, terms), (table, _) in zip(parts, labels, strict=True)
         ]
         sizes = [torch.from_numpy(n).to(torch.float64) for _, n in labels]
         if number is None:
-            total = g.numel() / math.prod(int(s.sum()) for s in sizes)
+            total = entries.numel / math.prod(int(s.sum()) for s in sizes)
             matrix_counts = [
                 s.numpy() * total * math.prod(int(o.sum()) for k, o in enumerate(sizes) if k != j)
                 for j, s in enumerate(sizes)
@@ -120,11 +179,11 @@ def assemble(
         if not counted:
             continue
         if len(parts) == 1:
-            vectors.append(matrix)
+            vectors.append(entries.matrix)
             forms.append(rows[0])
         else:
-            blocks.append(MatrixBlock(matrix.contiguous(), rows[0], rows[1]))
-    gains, loses = _sides(group, coefficients)
+            blocks.append(MatrixBlock(entries.matrix, rows[0], rows[1]))
+    gains, loses = _sides(group, sums)
     one_sided = (gains & (entering == 0)) | (loses & (leaving == 0))
     if not criterion.balanced:  # a sum without the linear term needs both sides
         one_sided = (entering == 0) | (leaving == 0)
@@ -150,7 +209,7 @@ def assemble(
 
 
 def _sides(
-    group: RescalingGroup, coefficients: Mapping[str, Tensor]
+    group: RescalingGroup, names: Iterable[str]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Per free scale, whether any entry (also with g = 0) grows with it, and whether any shrinks.
 
@@ -160,7 +219,7 @@ def _sides(
     positive, negative = group.basis > 0, group.basis < 0
     gains = np.zeros(group.num_scales, dtype=bool)
     loses = np.zeros(group.num_scales, dtype=bool)
-    for name in coefficients:
+    for name in names:
         for coefficient, ids in group.parameters[name].terms:
             rows = np.unique(ids.numpy())
             up = positive[rows].indices if coefficient > 0 else negative[rows].indices
@@ -171,8 +230,10 @@ def _sides(
 
 
 def _log_sum(g: Tensor) -> float:
-    """Sum of natural logarithms, accumulated in float64."""
-    return float(g.log().sum(dtype=torch.float64))
+    """Sum of natural logarithms, accumulated in float64, a piece at a time."""
+    rows = max(1, _PIECE * max(len(g), 1) // max(g.numel(), 1)) if g.dim() else 1
+    pieces = g.split(rows) if g.dim() else [g]
+    return float(sum(float(piece.log().sum(dtype=torch.float64)) for piece in pieces))
 
 
 def layers(group: RescalingGroup) -> NDArray[np.int64]:
@@ -184,9 +245,6 @@ def layers(group: RescalingGroup) -> NDArray[np.int64]:
             new = touched[found[touched] < 0]
             found[new] = 4 * k + min(j, 3)
     return found
-
-
-Part = tuple[tuple[int, ...], list[tuple[int, Tensor]]]
 
 
 def _two_parts(spec: ParameterScales) -> list[Part]:

@@ -1,0 +1,17 @@
+"""Checkpoints in the safetensors format: read piece by piece, written atomically."""
+
+from pathlift.checkpoint.format import SUFFIX, TensorInfo
+from pathlift.checkpoint.reading import INDEX_NAME, Checkpoint, open_checkpoint
+from pathlift.checkpoint.writing import Shard, as_bytes, write_file, write_folder
+
+__all__ = [
+    "INDEX_NAME",
+    "SUFFIX",
+    "Checkpoint",
+    "Shard",
+    "TensorInfo",
+    "as_bytes",
+    "open_checkpoint",
+    "write_file",
+    "write_folder",
+]
