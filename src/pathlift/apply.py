@@ -20,14 +20,23 @@ from pathlift.training.optimizers import Optimizers, state_changes
 # Log2 factors of one tensor, as small tensors whose broadcast sum is meant.
 Factors = list[Tensor]
 
+# Integers of the size of a floating-point number, by its bytes.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Entries that are worked on at a time: they fit a processor's cache.
+_PIECE = 1 << 18
+
 
 def rescale_(
     model: nn.Module,
     group: RescalingGroup,
     log2_scales: Tensor | NDArray[np.generic],
     optimizer: Optimizers = None,
+    extents: Mapping[str, Extent] | None = None,
 ) -> None:
-    """Multiply every parameter by ``2 ** (E s)``; see :meth:`RescalingGroup.rescale_`."""
+    """Multiply every parameter by ``2 ** (E s)``; see :meth:`RescalingGroup.rescale_`.
+
+    ``extents``: the parameters' magnitudes, if they have been looked at already.
+    """
     model = check_model(model)
     variables = group.variables(log2_scales)
     exact = bool((variables == np.round(variables)).all())
@@ -52,7 +61,8 @@ def rescale_(
         if exponents:
             changes.append((name, parameter, exponents))
     if exact:
-        changes = [(n, p, in_range(n, p, exponents)) for n, p, exponents in changes]
+        known = extents or {}
+        changes = [(n, p, in_range(n, p, e, known.get(n))) for n, p, e in changes]
     states = list(state_changes(optimizer, changes))
     _all_or_none([(p.data, e, 1) for _, p, e in changes], states, exact)
 
@@ -109,29 +119,38 @@ def power_factors(dtype: torch.dtype, exponents: Factors, power: int = 1) -> lis
 
 
 def multiply_by_(tensor: Tensor, factors: Sequence[Tensor]) -> None:
-    """Multiply by every factor in turn, in the factors' dtype, and round once."""
+    """Multiply by every factor in turn, in the factors' dtype, and round once.
+
+    A piece that fits the cache is multiplied by all factors before the next one, so that memory is
+    read and written once.
+    """
     if not factors:
         return
+    if not tensor.dim():
+        tensor = tensor.view(1)
     compute = factors[0].dtype
-    work = tensor if compute == tensor.dtype else tensor.to(compute)
-    for factor in factors:
-        work = work.mul_(factor.to(tensor.device))
-    if work is not tensor:
-        tensor.copy_(work.to(tensor.dtype))
+    spread = [_spread(f.to(tensor.device), tensor) for f in factors]
+    # On an accelerator a piece costs a launch, and there is memory bandwidth to spare.
+    rows = max(1, _PIECE // max(tensor[:1].numel(), 1)) if tensor.device.type == "cpu" else 1 << 62
+    for start in range(0, tensor.shape[0], rows):
+        piece = tensor[start : start + rows]
+        work = piece if compute == tensor.dtype else piece.to(compute)
+        for factor in spread:
+            work = work.mul_(factor[start : start + rows] if factor.shape[0] > 1 else factor)
+        if work is not piece:
+            piece.copy_(work.to(tensor.dtype))
 
 
-def exponent_range(tensor: Tensor) -> tuple[int, int] | None:
-    """Smallest and largest binary exponent of the non-zero entries (None if there are none)."""
-    if not tensor.numel():
-        return None
-    size = tensor.detach()
-    top = float(torch.linalg.vector_norm(size, math.inf))
-    if top == 0 or not math.isfinite(top):
-        return None
-    low = float(torch.linalg.vector_norm(size, -math.inf))
-    if low == 0:
-        low = float(torch.linalg.vector_norm(size[size != 0], -math.inf))
-    return math.frexp(low)[1] - 1, math.frexp(top)[1] - 1
+def _spread(factor: Tensor, tensor: Tensor) -> Tensor:
+    """The factor, written out along all dimensions behind the first that it varies in.
+
+    A factor per input channel would otherwise be broadcast over a kernel's few positions, which
+    leaves an inner loop of nine; written out it is as small as one row of the tensor.
+    """
+    factor = factor.reshape((1,) * (tensor.dim() - factor.dim()) + tuple(factor.shape))
+    if factor[:1].numel() == 1 or factor.shape[0] > 1:
+        return factor
+    return factor.expand(1, *tensor.shape[1:]).contiguous()
 
 
 def exponent_limits(dtype: torch.dtype) -> tuple[int, int]:
@@ -142,10 +161,18 @@ def exponent_limits(dtype: torch.dtype) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Extent:
-    """What is known of a tensor's magnitudes: its dtype and :func:`exponent_range`."""
+    """What is known of a tensor's magnitudes.
+
+    Attributes:
+        dtype: the tensor's.
+        exponents: smallest and largest binary exponent of the non-zero entries; None if there are
+            none, or if not all are finite.
+        finite: whether no entry is NaN or infinite.
+    """
 
     dtype: torch.dtype
     exponents: tuple[int, int] | None
+    finite: bool = True
 
     def allows(self, exponents: Factors) -> bool:
         """Whether factors ``2 ** exponents`` surely keep every entry normal, in any order."""
@@ -159,17 +186,48 @@ class Extent:
 
 
 def extent(tensor: Tensor) -> Extent:
-    """The magnitudes of a tensor."""
-    return Extent(tensor.dtype, exponent_range(tensor))
+    """The magnitudes of a floating-point tensor, in one pass over its bits.
+
+    Without the sign, the bits of a floating-point number order as its magnitude does; less one,
+    the zeros come last.
+    """
+    dtype = tensor.dtype
+    integers = _INTEGERS[dtype.itemsize]
+    mask = torch.iinfo(integers).max
+    flat = _in_storage_order(tensor.detach()).view(integers)
+    size = _PIECE if flat.device.type == "cpu" else max(flat.numel(), 1)
+    low, high = mask, 0
+    for piece in flat.split(size):
+        if piece.numel():
+            bits = piece.bitwise_and(mask)
+            high = max(high, int(bits.amax()))
+            low = min(low, int(bits.sub_(1).bitwise_and_(mask).amin()))
+    ends = torch.tensor([low, high - 1], dtype=integers).add_(1).view(dtype)
+    if not bool(torch.isfinite(ends[1:].to(torch.float64)).all()):
+        return Extent(dtype, None, False)
+    if not high:
+        return Extent(dtype, None)
+    smallest, largest = ends.to(torch.float64).tolist()
+    return Extent(dtype, (math.frexp(smallest)[1] - 1, math.frexp(largest)[1] - 1))
 
 
-def in_range(name: str, parameter: Tensor, exponents: Factors) -> Factors:
+def _in_storage_order(tensor: Tensor) -> Tensor:
+    """All entries as a vector, in whatever order costs no copy."""
+    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d]))
+    return tensor.permute(order[::-1]).reshape(-1)
+
+
+def in_range(
+    name: str, parameter: Tensor, exponents: Factors, known: Extent | None = None
+) -> Factors:
     """The factors to multiply by, in an order that is exact.
+
+    ``known``: the parameter's magnitudes, if they have been looked at already.
 
     Raises:
         RangeError: there is none; bits would be lost.
     """
-    if extent(parameter).allows(exponents):
+    if (known or extent(parameter)).allows(exponents):
         return exponents
     joined = [sum(exponents[1:], exponents[0])]
     moved = parameter.detach().clone()
@@ -185,22 +243,14 @@ def in_range(name: str, parameter: Tensor, exponents: Factors) -> Factors:
     return joined
 
 
-def scale_bounds(
-    group: RescalingGroup, parameters: Mapping[str, Tensor]
+def extent_bounds(
+    group: RescalingGroup, extents: Mapping[str, Extent]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Bounds ``(H,)`` on the free log2 scales within which no parameter leaves its dtype's range.
 
     A tensor's headroom is shared equally among the scales that multiply it; activations keep half
     of the dtype's exponent range.
     """
-    scaled = [n for n, spec in group.parameters.items() if spec.terms]
-    return extent_bounds(group, {n: extent(parameters[n]) for n in scaled})
-
-
-def extent_bounds(
-    group: RescalingGroup, extents: Mapping[str, Extent]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """:func:`scale_bounds` of tensors of which only the magnitudes are known."""
     up = np.full(group.basis.shape[0], np.inf)
     down = np.full(group.basis.shape[0], np.inf)
     for name, spec in group.parameters.items():

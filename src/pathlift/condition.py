@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pathlift.apply import rescale_, scale_bounds
+from pathlift.apply import Extent, extent, extent_bounds, rescale_
 from pathlift.capture import (
     Program,
     capture,
@@ -135,12 +135,12 @@ class Conditioner:
         coefficients_of = as_criterion(criterion, reference)
         model, program, group = self.model, self._program, self.group
         self._check_same_parameters()
-        _check_finite(program)
+        extents = _finite_extents(group, program)
         seconds = {"capture": 0.0, "symmetry": 0.0} | self._seconds
         self._seconds = {}
         with timed(seconds, "criterion"):
             coefficients = coefficients_of(program)
-            lower, upper = scale_bounds(group, {**program.buffers, **program.parameters})
+            lower, upper = extent_bounds(group, extents)
             trainable = {n: p.requires_grad for n, p in program.parameters.items()}
             assembled = assemble(group, coefficients, trainable, lower, upper)
         with timed(seconds, "solve"):
@@ -150,7 +150,7 @@ class Conditioner:
             if verify:
                 outputs = _outputs(model, program)
         with timed(seconds, "apply"):
-            rescale_(model, group, scales, optimizer)
+            rescale_(model, group, scales, optimizer, extents)
         with timed(seconds, "verify"):
             change = None
             if outputs is not None:
@@ -236,13 +236,18 @@ def check_arguments(exact: object, optimizer: object, tol: object, verify: objec
             )
 
 
-def _check_finite(program: Program) -> None:
-    for name, parameter in program.parameters.items():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+def _finite_extents(group: RescalingGroup, program: Program) -> dict[str, Extent]:
+    """The magnitudes of all parameters, which must be finite, and of the buffers that scale."""
+    tensors = {n: p for n, p in program.parameters.items() if p.is_floating_point()}
+    found = {n: extent(p) for n, p in tensors.items()}
+    for name, known in found.items():
+        if not known.finite:
             raise ArgumentError(
                 f"parameter '{name}' has entries that are NaN or infinite; its path kernel is not "
                 f"defined. Restore the weights or initialise them again."
             )
+    moving = [n for n, spec in group.parameters.items() if spec.terms and n not in found]
+    return found | {n: extent(program.buffers[n]) for n in moving}
 
 
 def _outputs(model: nn.Module, program: Program) -> list[list[Tensor]]:

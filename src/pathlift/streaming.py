@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from pathlift.apply import (
     Extent,
     Factors,
-    exponent_range,
+    extent,
     extent_bounds,
     in_range,
     multiply_by_,
@@ -184,7 +184,7 @@ def parameters_on_meta() -> Iterator[None]:
             parameter.__dict__["_pathlift_stripped"] = stripped
         return stripped
 
-    handle = register_module_parameter_registration_hook(strip)  # type: ignore[arg-type]
+    handle = register_module_parameter_registration_hook(strip)
     try:
         yield
     finally:
@@ -305,15 +305,15 @@ def _survey(
         for _, piece in checkpoint.pieces(place, _PIECE):
             done += piece.nbytes
             report("checking ranges", done, total)
-            if not bool(torch.isfinite(piece).all()):
+            here = extent(piece)
+            if not here.finite:
                 raise ArgumentError(
                     f"'{place}' in '{checkpoint.path}' has entries that are NaN or infinite; its "
                     f"path kernel is not defined. Restore the weights."
                 )
-            exponents = exponent_range(piece)
-            if exponents is not None:
-                low.append(exponents[0])
-                high.append(exponents[1])
+            if here.exponents is not None:
+                low.append(here.exponents[0])
+                high.append(here.exponents[1])
         span = (min(low), max(high)) if low else None
         found[name] = Extent(checkpoint.tensors[place].dtype, span)
     return found

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 from torch import Tensor, nn
 
-from pathlift.apply import scale_bounds
+from pathlift.apply import extent, extent_bounds
 from pathlift.capture import Program, capture
 from pathlift.criteria import Coefficients
 from pathlift.errors import ArgumentError, PathliftError
@@ -350,7 +350,8 @@ def predict_log2_scales(
 def _solved(
     group: RescalingGroup, program: Program, values: Mapping[str, Tensor], tol: float
 ) -> Array:
-    lower, upper = scale_bounds(group, program.parameters)
+    extents = {n: extent(program.parameters[n]) for n, s in group.parameters.items() if s.terms}
+    lower, upper = extent_bounds(group, extents)
     trainable = {n: p.requires_grad for n, p in program.parameters.items()}
     return solve(
         assemble(group, Coefficients(dict(values)), trainable, lower, upper).problem, "newton", tol

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from zoo import survey
 
 from pathlift.symmetry.group import RescalingGroup
+from zoo import survey
 
 SAMPLE = [
     "torchvision:squeezenet1_1",

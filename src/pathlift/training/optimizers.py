@@ -304,9 +304,9 @@ def _in_range(value: Tensor, exponents: Factors, power: int, label: str) -> Fact
     what is lost there is far below ``eps``.
     """
     # apply imports this module.
-    from pathlift.apply import exponent_limits, exponent_range
+    from pathlift.apply import exponent_limits, extent
 
-    found = exponent_range(value)
+    found = extent(value).exponents
     if found is None or not exponents:
         return exponents
     low, high = exponent_limits(value.dtype)
