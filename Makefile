@@ -20,7 +20,7 @@ zoo: .venv/installed
 	$(BIN)/python tests/zoo/survey.py $(FRESH)
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/phases.py
+	$(BIN)/python benchmarks/conditioning.py
 
 # torch comes first and pinned, so that no dependency draws another build of it; the model zoos and
 # the training frameworks come without dependencies, because theirs would.

@@ -211,6 +211,8 @@ def summarised(
         unsupported=group.unsupported,
         approximated=approximated,
         seconds=seconds,
+        passes=solution.matvecs,
+        reduced_bytes=sum(8 * b.matrix.numel() for b in assembled.problem.blocks),
     )
 
 

@@ -27,6 +27,9 @@ class ConditioningReport:
         unsupported: operations that pinned something, with counts.
         approximated: operations without paths for which a stand-in was used, with counts.
         seconds: capture, symmetry, criterion, solve, apply, verify.
+        passes: how often the solver read the reduced matrices (a product with each and one with
+            its transpose count as one pass).
+        reduced_bytes: their size.
     """
 
     num_scales: int
@@ -41,6 +44,8 @@ class ConditioningReport:
     unsupported: dict[str, int]
     approximated: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    passes: int = 0
+    reduced_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings, ready for JSON."""
@@ -64,7 +69,8 @@ class ConditioningReport:
             ("imbalance", f"{self.imbalance_before:.4f} -> {self.imbalance_after:.4f}"),
             (
                 "certificate",
-                f"{self.gradient_norm:.1e} after {self.iterations} iterations",
+                f"{self.gradient_norm:.1e} after {self.iterations} iterations, "
+                f"{self.passes} passes",
             ),
             ("outputs", outputs),
             ("rounding", "powers of two" if exact else "none (continuous scales)"),

@@ -1,0 +1,304 @@
+"""Every phase of ``condition_`` beside its floor and beside one training step of the same model.
+
+    python benchmarks/conditioning.py                       # all models (20 minutes on 2 cores)
+    python benchmarks/conditioning.py --models resnet18,vgg16 --repeats 5 --json now.json
+    python benchmarks/compare.py before.json now.json
+
+One process per model, so that no row sees another's memory. Every phase is timed ``--repeats``
+times on fresh copies of the initial weights, after a call that warms up; a row prints medians, the
+JSON file holds every sample. All figures of a row come from one process, one after the other:
+
+- step: forward and backward at batch 32; pass1: the same at batch 1.
+- read: reading every parameter once (a sum), at the bandwidth of this machine; copy: multiplying
+  every parameter by one number in place.
+- passes: evaluations of the solver over the reduced matrices.
+- extra MB: peak resident memory during ``condition_`` above what was resident before; reduced MB:
+  the reduced matrices in float64; largest MB: the largest tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pathlift
+
+PHASES = ("capture", "symmetry", "criterion", "solve", "apply", "verify")
+COLUMNS = (
+    "parameters",
+    *PHASES,
+    "call",
+    "step",
+    "pass1",
+    "read",
+    "copy",
+    "call/step",
+    "solve/step",
+    "apply/copy",
+    "criterion/pass1",
+    "passes",
+    "certificate",
+    "extra MB",
+    "reduced MB",
+    "largest MB",
+)
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+_libraries: list[torch.library.Library] = []
+
+
+def _without_operators() -> None:
+    # torchvision has no CPU build for every torch; it imports once its operators have a schema
+    # (which lasts as long as the library object).
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    _libraries.append(library)
+    for operator in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operator):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def torchvision_model(name: str) -> nn.Module:
+    _without_operators()
+    from torchvision.models import get_model
+
+    return get_model(name, weights=None)
+
+
+def timm_model(name: str) -> nn.Module:
+    _without_operators()
+    import timm
+
+    return timm.create_model(name)
+
+
+class LlamaBlock(nn.Module):
+    """A decoder block of Llama's shape: grouped-query attention and a gated MLP."""
+
+    def __init__(self, width: int, heads: int, groups: int, hidden: int) -> None:
+        super().__init__()
+        self.heads, self.groups, self.size = heads, groups, width // heads
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q = nn.Linear(width, heads * self.size, bias=False)
+        self.k = nn.Linear(width, groups * self.size, bias=False)
+        self.v = nn.Linear(width, groups * self.size, bias=False)
+        self.o = nn.Linear(heads * self.size, width, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        y = self.norm1(x)
+        q = self.q(y).view(n, t, self.heads, self.size).transpose(1, 2)
+        k = self.k(y).view(n, t, self.groups, self.size).transpose(1, 2)
+        v = self.v(y).view(n, t, self.groups, self.size).transpose(1, 2)
+        a = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(a.transpose(1, 2).reshape(n, t, -1))
+        y = self.norm2(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+class Llama(nn.Module):
+    """The shape of a Llama language model with random weights."""
+
+    def __init__(
+        self, width: int, depth: int, heads: int, groups: int, hidden: int, vocabulary: int
+    ):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.Sequential(
+            *(LlamaBlock(width, heads, groups, hidden) for _ in range(depth))
+        )
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.embed(ids))))
+
+
+def tokens(batch: int) -> Tensor:
+    return torch.arange(batch * 16).reshape(batch, 16) % 1000
+
+
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 224, 224)
+
+
+def vectors(width: int) -> Callable[[int], Tensor]:
+    return lambda batch: torch.randn(batch, width)
+
+
+Make = Callable[[], nn.Module]
+MODELS: dict[str, tuple[Make, Callable[[int], Tensor]]] = {
+    "mlp-784-500x3-10": (lambda: mlp(784, 500, 500, 500, 10), vectors(784)),
+    "mlp-3072-500x8-10": (lambda: mlp(3072, *[500] * 8, 10), vectors(3072)),
+    # Square networks of 1e5 to 1e9 parameters: the cost must grow as they do.
+    **{
+        f"mlp-{width}x8": (lambda w=width: mlp(*[w] * 9), vectors(width))
+        for width in (112, 354, 1118, 3536, 11180)
+    },
+    **{
+        name: (lambda name=name: torchvision_model(name), images)
+        for name in ("resnet18", "resnet50", "resnet152", "vgg16", "densenet121", "densenet201")
+    },
+    "nasnetalarge": (lambda: timm_model("nasnetalarge"), images),
+    "llama-1b": (lambda: Llama(2048, 16, 32, 8, 8192, 32000), tokens),
+}
+
+
+def timed(function: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of ``repeats`` calls after one that is not counted."""
+    samples = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        samples.append(time.perf_counter() - start)
+    return samples[1:]
+
+
+def _status(key: str) -> float:
+    """A figure of /proc/self/status in MB (nan where there is none)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return next(float(x.split()[1]) / 1024 for x in lines if x.startswith(key + ":"))
+
+
+def _forget_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(name: str, repeats: int) -> dict[str, Any]:
+    """Samples of one model: column -> list (or one number)."""
+    make, batch = MODELS[name]
+    torch.manual_seed(0)
+    model = make()
+    initial = copy.deepcopy(model.state_dict())
+    two = batch(2)
+    found: dict[str, Any] = {phase: [] for phase in PHASES}
+    for k in range(repeats + 1):
+        model.load_state_dict(initial)
+        gc.collect()
+        report = pathlift.condition_(model, two)
+        if k:
+            for phase in PHASES:
+                found[phase].append(report.seconds[phase])
+    # Memory: a call of its own, with nothing to compare beside it.
+    del initial
+    gc.collect()
+    conditioner = pathlift.Conditioner(model, two)
+    _forget_peak()
+    resident = _status("VmRSS")
+    conditioner.condition_(verify=False)
+    found["extra MB"] = _status("VmHWM") - resident
+    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    found["largest MB"] = max(sizes) / 2**20
+    found["reduced MB"] = report.reduced_bytes / 2**20
+    found["passes"], found["certificate"] = report.passes, report.gradient_norm
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    del conditioner
+
+    parameters = list(model.parameters())
+    found["read"] = timed(lambda: [float(p.detach().sum()) for p in parameters], repeats)
+
+    def scale() -> None:
+        with torch.no_grad():
+            for p in parameters:
+                p.mul_(1.0)
+
+    found["copy"] = timed(scale, repeats)
+
+    def step(x: Tensor) -> None:
+        model(x).sum().backward()
+        model.zero_grad()
+
+    one, many = batch(1), batch(32)
+    model.eval()  # in training mode a batch norm refuses one value per channel
+    found["pass1"] = timed(lambda: step(one), repeats)
+    model.train()
+    found["step"] = timed(lambda: step(many), max(1, repeats // 2))
+    found["call"] = [
+        sum(t) for t in zip(*(found[p] for p in PHASES if p != "capture"), strict=True)
+    ]
+    return found
+
+
+def middle(samples: Any) -> float:
+    return statistics.median(samples) if isinstance(samples, list) else float(samples)
+
+
+def row(found: dict[str, Any]) -> dict[str, float]:
+    """Medians and ratios of them."""
+    values = {key: middle(v) for key, v in found.items()}
+    for ratio in ("call/step", "solve/step", "apply/copy", "criterion/pass1"):
+        above, below = ratio.split("/")
+        values[ratio] = values[above] / values[below]
+    return {key: values[key] for key in COLUMNS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.repeats)))
+        return
+    rows: dict[str, Any] = {}
+    for name in args.models.split(","):
+        command = [sys.executable, "-W", "ignore", __file__, "--one", name]
+        command += ["--repeats", str(args.repeats)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name:<18} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            continue
+        rows[name] = json.loads(done.stdout.splitlines()[-1])
+        if len(rows) == 1:
+            print(" ".join([f"{'model':<18}", *(f"{k:>10}" for k in COLUMNS)]))
+        cells = (f"{v:>10.3g}" for v in row(rows[name]).values())
+        print(" ".join([f"{name:<18}", *cells]), flush=True)
+        if args.json:
+            about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    _print_slope(rows)
+
+
+def _print_slope(rows: dict[str, Any]) -> None:
+    """How the call grows with the parameters of the square networks (1: in proportion)."""
+    import numpy as np
+
+    square = {n: row(r) for n, r in rows.items() if n.startswith("mlp-") and n.endswith("x8")}
+    if len(square) > 1:
+        size = [r["parameters"] for r in square.values()]
+        seconds = [r["call"] for r in square.values()]
+        slope = np.polyfit(np.log(size), np.log(seconds), 1)[0]
+        last = np.diff(np.log(seconds))[-1] / np.diff(np.log(size))[-1]
+        print(f"square networks: call ~ parameters^{slope:.2f}, between the last two ^{last:.2f}")
+
+
+if __name__ == "__main__":
+    main()
