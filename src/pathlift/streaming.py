@@ -184,7 +184,7 @@ def parameters_on_meta() -> Iterator[None]:
             parameter.__dict__["_pathlift_stripped"] = stripped
         return stripped
 
-    handle = register_module_parameter_registration_hook(strip)  # type: ignore[arg-type]
+    handle = register_module_parameter_registration_hook(strip)
     try:
         yield
     finally:
