@@ -25,7 +25,7 @@ from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, VerificationError
 from pathlift.report import ConditioningReport
 from pathlift.solve import Problem, Solution, solve, value
-from pathlift.solve.assemble import Assembled, assemble
+from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.integer import round_scales
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.training.optimizers import Optimizers
@@ -132,17 +132,15 @@ class Conditioner:
         The report's seconds of capture and symmetry stand in the first report only.
         """
         check_arguments(exact, optimizer, tol, verify)
-        coefficients_of = as_criterion(criterion, reference)
+        chosen = as_criterion(criterion, reference)
         model, program, group = self.model, self._program, self.group
         self._check_same_parameters()
         extents = _finite_extents(group, program)
         seconds = {"capture": 0.0, "symmetry": 0.0} | self._seconds
         self._seconds = {}
         with timed(seconds, "criterion"):
-            coefficients = coefficients_of(program)
             lower, upper = extent_bounds(group, extents)
-            trainable = {n: p.requires_grad for n, p in program.parameters.items()}
-            assembled = assemble(group, coefficients, trainable, lower, upper)
+            assembled, approximated = assemble_from(group, chosen, program, lower, upper)
         with timed(seconds, "solve"):
             solution, scales = choose_scales(assembled.problem, solver, tol, exact)
         outputs = None
@@ -160,9 +158,7 @@ class Conditioner:
                 except BaseException:
                     rescale_(model, group, -scales, optimizer)
                     raise
-        return summarised(
-            group, assembled, solution, scales, coefficients.approximated, change, seconds
-        )
+        return summarised(group, assembled, solution, scales, approximated, change, seconds)
 
     def _check_same_parameters(self) -> None:
         parameters, _, _ = named_tensors(self.model)

@@ -40,10 +40,10 @@ from pathlift.checkpoint import (
     write_folder,
 )
 from pathlift.condition import check_arguments, choose_scales, summarised, timed
-from pathlift.criteria import STREAMS, Stream
+from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, CaptureError, CheckpointError
 from pathlift.report import ConditioningReport
-from pathlift.solve.assemble import Sums, assemble_sums, sum_up
+from pathlift.solve.assemble import assemble_from
 from pathlift.symmetry.group import RescalingGroup, infer_group
 
 # Phase, bytes done, bytes to do (0 if not known).
@@ -61,7 +61,7 @@ def condition_checkpoint(
     weights: str | Path,
     output: str | Path,
     *,
-    criterion: str | Stream = "path-kernel",
+    criterion: str | Criterion = "path-kernel",
     exact: bool = True,
     solver: str = "newton",
     tol: float = 1e-8,
@@ -86,8 +86,8 @@ def condition_checkpoint(
         output: a ``.safetensors`` file, or a folder, which gets as many files as ``weights`` has
             and an index. It is replaced at once, when all is written; see
             :mod:`pathlift.checkpoint.writing`. It may be ``weights`` itself.
-        criterion: ``"path-kernel"``, ``"weight-norm"``, ``"range"``, or a stream such as
-            ``stream_weight_norm(q=1)`` from :mod:`pathlift.criteria.weights`.
+        criterion: ``"path-kernel"``, ``"weight-norm"``, ``"range"``, or a criterion such as
+            ``weight_norm(q=1)`` from :mod:`pathlift.criteria`.
         exact, solver, tol, batch_norm: see :func:`pathlift.condition_`.
         progress: called with a phase, the bytes done in it and the bytes to do (0: not known).
 
@@ -103,7 +103,7 @@ def condition_checkpoint(
     In every case of failure the output is as before.
     """
     check_arguments(exact, None, tol, True)
-    stream = _stream(criterion)
+    chosen = as_criterion(criterion)
     weights, output = Path(weights), Path(output)
     report = progress or (lambda phase, done, total: None)
     seconds: dict[str, float] = {}
@@ -124,17 +124,8 @@ def condition_checkpoint(
         with timed(seconds, "criterion"):
             extents = _survey(group, checkpoint, places, report)
             lower, upper = extent_bounds(group, extents)
-            trainable = {n: p.requires_grad for n, p in program.parameters.items()}
-            sums: dict[str, Sums] = {}
-            maxima = stream.reduction == "max"
-
-            def take(name: str, g: Tensor) -> None:
-                sums[name] = sum_up(group.parameters[name], g, maxima, trainable[name])
-
             values.phase = "criterion"
-            found = stream.coefficients({}, stream.hand_on(program, take))
-            sums = {n: sums[n] for n in program.parameters if n in sums}
-            assembled = assemble_sums(group, sums, found, trainable, lower, upper)
+            assembled, approximated = assemble_from(group, chosen, program, lower, upper)
         with timed(seconds, "solve"):
             report("solving", 0, 0)
             solution, scales = choose_scales(assembled.problem, solver, tol, exact)
@@ -143,18 +134,7 @@ def condition_checkpoint(
             factors = {n: changes[first] for n, first in owners.items() if first in changes}
             _write(checkpoint, factors, output, report)
     seconds["verify"] = 0.0
-    return summarised(group, assembled, solution, scales, found.approximated, None, seconds)
-
-
-def _stream(criterion: str | Stream) -> Stream:
-    if isinstance(criterion, Stream):
-        return criterion
-    if criterion not in STREAMS:
-        raise ArgumentError(
-            f"criterion {criterion!r} can't be streamed. Supported: "
-            f"{', '.join(map(repr, STREAMS))}; for others use pathlift.condition_."
-        )
-    return STREAMS[criterion]
+    return summarised(group, assembled, solution, scales, approximated, None, seconds)
 
 
 # --------------------------------------------------------------------------- model without values

@@ -7,14 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pathlift.criteria.fisher import fisher, squared_gradients
-from pathlift.criteria.path_kernel import STREAM_PATH_KERNEL, path_kernel
-from pathlift.criteria.protocol import Coefficients, Criterion, Sink, Stream, given, relative
-from pathlift.criteria.weights import (
-    STREAM_WEIGHT_RANGE,
-    stream_weight_norm,
-    weight_norm,
-    weight_range,
-)
+from pathlift.criteria.path_kernel import path_kernel
+from pathlift.criteria.protocol import Coefficients, Criterion, Sink, given, relative
+from pathlift.criteria.weights import weight_norm, weight_range
 from pathlift.errors import ArgumentError
 
 CRITERIA: dict[str, Criterion] = {
@@ -23,25 +18,18 @@ CRITERIA: dict[str, Criterion] = {
     "range": weight_range,
 }
 
-# The same, one parameter at a time, for models that do not fit in memory.
-STREAMS: dict[str, Stream] = {
-    "path-kernel": STREAM_PATH_KERNEL,
-    "weight-norm": stream_weight_norm(),
-    "range": STREAM_WEIGHT_RANGE,
-}
-
 
 def as_criterion(
     criterion: str | Criterion | Mapping[str, Tensor], reference: Mapping[str, Tensor] | None = None
 ) -> Criterion:
-    """The criterion of a name, a function or a mapping of coefficients.
+    """The criterion of a name, of a mapping of coefficients, or itself.
 
     Raises:
         ArgumentError: an unknown name; the message lists the known ones.
     """
     if isinstance(criterion, Mapping):
         found = given(criterion)
-    elif callable(criterion):
+    elif isinstance(criterion, Criterion):
         found = criterion
     elif criterion == "fisher":
         raise ArgumentError(
@@ -61,11 +49,9 @@ def as_criterion(
 
 __all__ = [
     "CRITERIA",
-    "STREAMS",
     "Coefficients",
     "Criterion",
     "Sink",
-    "Stream",
     "as_criterion",
     "fisher",
     "path_kernel",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from pathlift.capture import Program, check_model, named_tensors, preserved
-from pathlift.criteria.protocol import Coefficients, Criterion
+from pathlift.criteria.protocol import Criterion, Sink
 from pathlift.errors import ArgumentError
 
 Loss = Callable[[Any, Any], Tensor]
@@ -42,10 +42,12 @@ def fisher(
     """
     model = check_model(model)
 
-    def criterion(program: Program) -> Coefficients:
-        return Coefficients(squared_gradients(model, batches, loss, max_batches, max_bytes))
+    def hand_on(program: Program, sink: Sink) -> dict[str, int]:
+        for name, c in squared_gradients(model, batches, loss, max_batches, max_bytes).items():
+            sink(name, c)
+        return {}
 
-    return criterion
+    return Criterion(hand_on)
 
 
 def squared_gradients(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pathlift.capture import Program
-from pathlift.criteria.protocol import Coefficients, Sink, Stream
+from pathlift.criteria.protocol import Criterion, Sink
 from pathlift.lifting.squared import stream_diagonal
 
 
@@ -40,12 +40,8 @@ class _LeavesRange(Exception):
     """Single precision can't hold a coefficient."""
 
 
-STREAM_PATH_KERNEL = Stream(_hand_on)
-
-
-def path_kernel(program: Program) -> Coefficients:
-    """``g = diag(dPhi^T dPhi)``; smooth operations pass paths like the identity (noted)."""
-    return STREAM_PATH_KERNEL.collected()(program)
+# ``g = diag(dPhi^T dPhi)``; smooth operations pass paths like the identity (noted).
+path_kernel = Criterion(_hand_on)
 
 
 def _in_range(g: Tensor) -> bool:

@@ -33,16 +33,16 @@ class Coefficients:
     reduction: str = "sum"
 
 
-Criterion = Callable[[Program], Coefficients]
 # Takes one parameter's coefficients. A later call for the same name replaces the earlier.
 Sink = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Stream:
-    """A criterion that hands its coefficients on one parameter at a time, in any order.
+class Criterion:
+    """Coefficients of every parameter, handed on one parameter at a time, in any order.
 
-    What is handed on need not be kept, so that the model may be larger than memory.
+    What is handed on need not be kept, so that memory holds the sums that the solver needs and a
+    few tensors, whatever the size of the model. Calling a criterion keeps everything.
 
     Attributes:
         hand_on: calls the sink for every parameter; returns the operations a stand-in was used
@@ -56,45 +56,45 @@ class Stream:
     reduction: str = "sum"
 
     def coefficients(self, values: dict[str, Tensor], approximated: dict[str, int]) -> Coefficients:
-        """What a criterion returns that found these values."""
+        """What is known of the objective, with these values."""
         return Coefficients(values, approximated, self.rate, self.balanced, self.reduction)
 
-    def collected(self) -> Criterion:
-        """The criterion that keeps everything, in the order of the model's parameters."""
-
-        def criterion(program: Program) -> Coefficients:
-            values: dict[str, Tensor] = {}
-            approximated = self.hand_on(program, values.__setitem__)
-            ordered = {n: values[n] for n in program.parameters if n in values}
-            return self.coefficients(ordered, approximated)
-
-        return criterion
+    def __call__(self, program: Program) -> Coefficients:
+        """All coefficients at once, in the order of the model's parameters."""
+        values: dict[str, Tensor] = {}
+        approximated = self.hand_on(program, values.__setitem__)
+        ordered = {n: values[n] for n in program.parameters if n in values}
+        return self.coefficients(ordered, approximated)
 
 
 def given(values: Mapping[str, Tensor]) -> Criterion:
     """A user's own coefficients, as a criterion of the path kernel's form (rate -2, balanced)."""
 
-    def criterion(program: Program) -> Coefficients:
-        return Coefficients(_checked(program, values, "criterion", positive=False))
+    def hand_on(program: Program, sink: Sink) -> dict[str, int]:
+        for name, value in _checked(program, values, "criterion", positive=False).items():
+            sink(name, value)
+        return {}
 
-    return criterion
+    return Criterion(hand_on)
 
 
 def relative(criterion: Criterion, reference: Mapping[str, Tensor]) -> Criterion:
     """The criterion against a reference kernel ``diag(r)``: coefficients ``c_i / r_i``."""
 
-    def divided(program: Program) -> Coefficients:
-        found = criterion(program)
+    def hand_on(program: Program, sink: Sink) -> dict[str, int]:
         weights = _checked(program, reference, "reference", positive=True)
-        missing = [n for n in found.values if n not in weights]
-        if missing:
-            raise ArgumentError(
-                f"reference has no entry for parameter '{missing[0]}' ({len(missing)} missing). "
-                f"Give one positive tensor per parameter, of its shape."
-            )
-        return replace(found, values={n: c / weights[n] for n, c in found.values.items()})
 
-    return divided
+        def divided(name: str, c: Tensor) -> None:
+            if name not in weights:
+                raise ArgumentError(
+                    f"reference has no entry for parameter '{name}'. Give one positive tensor per "
+                    f"parameter, of its shape."
+                )
+            sink(name, c / weights[name])
+
+        return criterion.hand_on(program, divided)
+
+    return replace(criterion, hand_on=hand_on)
 
 
 def _checked(

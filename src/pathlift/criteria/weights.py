@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pathlift.capture import Program
-from pathlift.criteria.protocol import Coefficients, Criterion, Sink, Stream
+from pathlift.criteria.protocol import Criterion, Sink
 from pathlift.errors import ArgumentError
 
 
@@ -21,11 +21,6 @@ def weight_norm(q: float = 2, biases: bool = True) -> Criterion:
         q: positive exponent, 2 by default.
         biases: count biases and other vectors too (the publication does in one variant).
     """
-    return stream_weight_norm(q, biases).collected()
-
-
-def stream_weight_norm(q: float = 2, biases: bool = True) -> Stream:
-    """:func:`weight_norm`, one parameter at a time."""
     if isinstance(q, bool) or not isinstance(q, (int, float)) or not 0 < q < math.inf:
         raise ArgumentError(f"q must be a positive finite number; found {q!r}.")
 
@@ -35,7 +30,7 @@ def stream_weight_norm(q: float = 2, biases: bool = True) -> Stream:
                 sink(name, _size(program.value(name)).pow_(q))
         return {}
 
-    return Stream(hand_on, rate=float(q), balanced=False)
+    return Criterion(hand_on, rate=float(q), balanced=False)
 
 
 def _hand_on_sizes(program: Program, sink: Sink) -> dict[str, int]:
@@ -45,15 +40,9 @@ def _hand_on_sizes(program: Program, sink: Sink) -> dict[str, int]:
     return {}
 
 
-STREAM_WEIGHT_RANGE = Stream(_hand_on_sizes, rate=1.0, balanced=False, reduction="max")
-
-
-def weight_range(program: Program) -> Coefficients:
-    """Equal ranges ``max |w|`` on both sides of every channel (Nagel et al., ICCV 2019).
-
-    Cross-layer equalization, the limit of :func:`weight_norm` for large q; biases do not count.
-    """
-    return STREAM_WEIGHT_RANGE.collected()(program)
+# Equal ranges ``max |w|`` on both sides of every channel: cross-layer equalization (Nagel et al.,
+# ICCV 2019), the limit of weight_norm for large q. Biases do not count.
+weight_range = Criterion(_hand_on_sizes, rate=1.0, balanced=False, reduction="max")
 
 
 def _counts(parameter: Tensor, biases: bool) -> bool:

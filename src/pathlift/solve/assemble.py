@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathlift.criteria.protocol import Coefficients
+from pathlift.capture import Program
+from pathlift.criteria.protocol import Coefficients, Criterion
 from pathlift.solve.problem import MatrixBlock, Problem
 from pathlift.solve.ranges import value
 from pathlift.symmetry.group import ParameterScales, RescalingGroup
@@ -80,6 +81,26 @@ def assemble(
         for name, g in criterion.values.items()
     }
     return assemble_sums(group, sums, criterion, trainable, lower, upper)
+
+
+def assemble_from(
+    group: RescalingGroup, criterion: Criterion, program: Program, lower: Array, upper: Array
+) -> tuple[Assembled, dict[str, int]]:
+    """Like :func:`assemble`, a parameter at a time: no coefficients are kept.
+
+    Also returns the operations a stand-in was used for, with counts.
+    """
+    trainable = {n: p.requires_grad for n, p in program.parameters.items()}
+    maxima = criterion.reduction == "max"
+    sums: dict[str, Sums] = {}
+
+    def take(name: str, g: Tensor) -> None:
+        sums[name] = sum_up(group.parameters[name], g, maxima, trainable[name])
+
+    approximated = criterion.hand_on(program, take)
+    ordered = {n: sums[n] for n in program.parameters if n in sums}
+    objective = criterion.coefficients({}, approximated)
+    return assemble_sums(group, ordered, objective, trainable, lower, upper), approximated
 
 
 @dataclass(frozen=True)
