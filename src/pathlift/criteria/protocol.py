@@ -83,16 +83,22 @@ def relative(criterion: Criterion, reference: Mapping[str, Tensor]) -> Criterion
 
     def hand_on(program: Program, sink: Sink) -> dict[str, int]:
         weights = _checked(program, reference, "reference", positive=True)
+        missing: set[str] = set()
 
         def divided(name: str, c: Tensor) -> None:
-            if name not in weights:
-                raise ArgumentError(
-                    f"reference has no entry for parameter '{name}'. Give one positive tensor per "
-                    f"parameter, of its shape."
-                )
-            sink(name, c / weights[name])
+            if name in weights:
+                sink(name, c / weights[name])
+            else:
+                missing.add(name)
 
-        return criterion.hand_on(program, divided)
+        approximated = criterion.hand_on(program, divided)
+        if missing:
+            first = next(n for n in program.parameters if n in missing)
+            raise ArgumentError(
+                f"reference has no entry for parameter '{first}' ({len(missing)} missing). "
+                f"Give one positive tensor per parameter, of its shape."
+            )
+        return approximated
 
     return replace(criterion, hand_on=hand_on)
 
