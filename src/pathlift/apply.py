@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pathlift.capture import check_model, named_tensors
 from pathlift.errors import ArgumentError, RangeError
+from pathlift.sharded import largest_around, local_factors, local_part
 from pathlift.symmetry.group import RescalingGroup
 from pathlift.training.optimizers import Optimizers, state_changes
 
@@ -101,13 +102,14 @@ def multiply_(tensor: Tensor, exponents: Factors, power: int = 1) -> None:
     Powers of two are made by ``ldexp`` on the host, never by a rounding ``pow``. One pass over the
     tensor per factor (rows, columns), each a small tensor that broadcasts.
     """
-    multiply_by_(tensor, power_factors(tensor.dtype, exponents, power))
+    exponents = local_factors(tensor, exponents)
+    multiply_by_(local_part(tensor), power_factors(tensor.dtype, exponents, power))
 
 
 def power_factors(dtype: torch.dtype, exponents: Factors, power: int = 1) -> list[Tensor]:
     """``2 ** (power * e)`` for each exponent tensor, in the dtype that the product needs."""
     wide = dtype in (torch.float64, torch.float32)
-    largest = abs(power) * sum(float(e.abs().max()) for e in exponents)
+    largest = abs(power) * sum(float(e.abs().max()) for e in exponents if e.numel())
     compute = dtype if wide and largest < 100 else torch.float64
     found = []
     for exponent in exponents:
@@ -124,7 +126,7 @@ def multiply_by_(tensor: Tensor, factors: Sequence[Tensor]) -> None:
     A piece that fits the cache is multiplied by all factors before the next one, so that memory is
     read and written once.
     """
-    if not factors:
+    if not factors or not tensor.numel():
         return
     if not tensor.dim():
         tensor = tensor.view(1)
@@ -189,12 +191,12 @@ def extent(tensor: Tensor) -> Extent:
     """The magnitudes of a floating-point tensor, in one pass over its bits.
 
     Without the sign, the bits of a floating-point number order as its magnitude does; less one,
-    the zeros come last.
+    the zeros come last. Of a sharded tensor every process finds the extent of the whole.
     """
     dtype = tensor.dtype
     integers = _INTEGERS[dtype.itemsize]
     mask = torch.iinfo(integers).max
-    flat = _in_storage_order(tensor.detach()).view(integers)
+    flat = _in_storage_order(local_part(tensor.detach())).view(integers)
     size = _PIECE if flat.device.type == "cpu" else max(flat.numel(), 1)
     low, high = mask, 0
     for piece in flat.split(size):
@@ -202,6 +204,8 @@ def extent(tensor: Tensor) -> Extent:
             bits = piece.bitwise_and(mask)
             high = max(high, int(bits.amax()))
             low = min(low, int(bits.sub_(1).bitwise_and_(mask).amin()))
+    high, low = largest_around(tensor, (high, -low))
+    low = -low
     ends = torch.tensor([low, high - 1], dtype=integers).add_(1).view(dtype)
     if not bool(torch.isfinite(ends[1:].to(torch.float64)).all()):
         return Extent(dtype, None, False)
@@ -230,11 +234,13 @@ def in_range(
     if (known or extent(parameter)).allows(exponents):
         return exponents
     joined = [sum(exponents[1:], exponents[0])]
-    moved = parameter.detach().clone()
-    multiply_(moved, joined)
-    back = moved.clone()
-    multiply_(back, joined, -1)
-    if not torch.equal(back, parameter.detach()):
+    part = local_part(parameter.detach())
+    factors = local_factors(parameter, joined)
+    back = part.clone()
+    multiply_(back, factors)
+    multiply_(back, factors, -1)
+    (lost,) = largest_around(parameter, (int(not torch.equal(back, part)),))
+    if lost:
         raise RangeError(
             f"rescaling '{name}' by 2**{joined[0].min():.0f} to 2**{joined[0].max():.0f} leaves "
             f"the normal range of {str(parameter.dtype).removeprefix('torch.')}: bits would be "

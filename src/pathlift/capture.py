@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pathlift.errors import ArgumentError, CaptureError
+from pathlift.sharded import local_part
 
 # Modules of torch itself whose dependence on ``training`` is a flag of the operation they call,
 # so that both modes give the same graph for our purposes.
@@ -234,6 +235,7 @@ def check_model(model: object, meta: bool = False) -> nn.Module:
 
 def _check_storage(parameters: Mapping[str, Tensor]) -> None:
     """Two parameters over the same memory would be multiplied twice: refuse them."""
+    parts = {name: local_part(p) for name, p in parameters.items()}
     spans = sorted(
         (
             p.untyped_storage().data_ptr(),
@@ -241,7 +243,7 @@ def _check_storage(parameters: Mapping[str, Tensor]) -> None:
             p.nbytes,
             name,
         )
-        for name, p in parameters.items()
+        for name, p in parts.items()
         if p.numel() and p.untyped_storage().data_ptr()
     )
     for (base_a, start_a, size_a, a), (base_b, start_b, _, b) in zip(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pathlift import sharded
 from pathlift.apply import Extent, extent, extent_bounds, rescale_
 from pathlift.capture import (
     Program,
@@ -111,8 +112,15 @@ class Conditioner:
         self.model = check_model(model)
         self.batch_norm = batch_norm
         self._seconds: dict[str, float] = {}
+        self._groups = sharded.process_groups(model)
+        sharded.reshard(self.model)
+        self._parameters, self._buffers, _ = named_tensors(self.model)
         with timed(self._seconds, "capture"):
-            self._program = capture(self.model, example_inputs)
+            if sharded.has_shards(self.model):
+                whole = sharded.gather(self._parameters)
+                self._program = capture(sharded.structure(self.model), example_inputs, whole)
+            else:
+                self._program = capture(self.model, example_inputs)
         with timed(self._seconds, "symmetry"):
             self.group = infer_group(self._program, batch_norm)
 
@@ -135,7 +143,7 @@ class Conditioner:
         chosen = as_criterion(criterion, reference)
         model, program, group = self.model, self._program, self.group
         self._check_same_parameters()
-        extents = _finite_extents(group, program)
+        extents = _finite_extents(group, self._parameters, self._buffers)
         seconds = {"capture": 0.0, "symmetry": 0.0} | self._seconds
         self._seconds = {}
         with timed(seconds, "criterion"):
@@ -143,6 +151,7 @@ class Conditioner:
             assembled, approximated = assemble_from(group, chosen, program, lower, upper)
         with timed(seconds, "solve"):
             solution, scales = choose_scales(assembled.problem, solver, tol, exact)
+            scales = sharded.from_first(scales, self._groups, self._device())
         outputs = None
         with timed(seconds, "verify"):
             if verify:
@@ -154,20 +163,40 @@ class Conditioner:
             if outputs is not None:
                 try:
                     keeps_bits = exact and self.batch_norm == "pinned"
-                    change = _difference(outputs, _outputs(model, program), keeps_bits)
+                    change = self._difference(outputs, _outputs(model, program), keeps_bits)
                 except BaseException:
                     rescale_(model, group, -scales, optimizer)
                     raise
         return summarised(group, assembled, solution, scales, approximated, change, seconds)
 
     def _check_same_parameters(self) -> None:
+        sharded.reshard(self.model)
         parameters, _, _ = named_tensors(self.model)
-        for name, parameter in self._program.parameters.items():
+        for name, parameter in self._parameters.items():
             if parameters.get(name) is not parameter:
                 raise ArgumentError(
                     f"parameter '{name}' is not the one that was captured; the model was changed "
                     f"(moved with a conversion, pruned, parametrised). Make a new Conditioner."
                 )
+
+    def _difference(self, before: Any, after: Any, exact: bool) -> float:
+        """The largest change of an output, on any process."""
+        worst = _largest_change(before, after)
+        # The bits of a non-negative float64 order as its values do.
+        bits = int(np.float64(worst).view(np.int64))
+        (bits,) = sharded.largest((bits,), self._groups, self._device())
+        worst = float(np.int64(bits).view(np.float64))
+        if exact and worst > 0:
+            raise VerificationError(
+                f"the rescaled network's outputs differ by up to {worst:.3g} although all scales "
+                f"are powers of two. An activation may leave the range of its dtype, or forward "
+                f"may not be deterministic. The model has been restored; try a wider dtype, or "
+                f"exact=False."
+            )
+        return worst
+
+    def _device(self) -> torch.device | None:
+        return next((p.device for p in self._parameters.values()), None)
 
 
 def choose_scales(
@@ -234,10 +263,11 @@ def check_arguments(exact: object, optimizer: object, tol: object, verify: objec
             )
 
 
-def _finite_extents(group: RescalingGroup, program: Program) -> dict[str, Extent]:
+def _finite_extents(
+    group: RescalingGroup, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> dict[str, Extent]:
     """The magnitudes of all parameters, which must be finite, and of the buffers that scale."""
-    tensors = {n: p for n, p in program.parameters.items() if p.is_floating_point()}
-    found = {n: extent(p) for n, p in tensors.items()}
+    found = {n: extent(p) for n, p in parameters.items() if p.is_floating_point()}
     for name, known in found.items():
         if not known.finite:
             raise ArgumentError(
@@ -245,7 +275,7 @@ def _finite_extents(group: RescalingGroup, program: Program) -> dict[str, Extent
                 f"defined. Restore the weights or initialise them again."
             )
     moving = [n for n, spec in group.parameters.items() if spec.terms and n not in found]
-    return found | {n: extent(program.buffers[n]) for n in moving}
+    return found | {n: extent(buffers[n]) for n in moving}
 
 
 def _outputs(model: nn.Module, program: Program) -> list[list[Tensor]]:
@@ -264,10 +294,11 @@ def _outputs(model: nn.Module, program: Program) -> list[list[Tensor]]:
             finally:
                 for buffer, value in buffers:
                     buffer.copy_(value)
+    sharded.reshard(model)
     return found
 
 
-def _difference(before: Any, after: Any, exact: bool) -> float:
+def _largest_change(before: Any, after: Any) -> float:
     worst = 0.0
     for a, b in zip(sum(before, []), sum(after, []), strict=True):
         if torch.equal(a, b) or (
@@ -278,10 +309,4 @@ def _difference(before: Any, after: Any, exact: bool) -> float:
             continue
         gap = (a.to(torch.float64) - b.to(torch.float64)).abs()
         worst = max(worst, float(gap.nan_to_num(nan=float("inf")).max()))
-    if exact and worst > 0:
-        raise VerificationError(
-            f"the rescaled network's outputs differ by up to {worst:.3g} although all scales are "
-            f"powers of two. An activation may leave the range of its dtype, or forward may not "
-            f"be deterministic. The model has been restored; try a wider dtype, or exact=False."
-        )
     return worst

@@ -25,6 +25,7 @@ from torch import Tensor, optim
 from torch.optim.swa_utils import AveragedModel
 
 from pathlift.errors import ArgumentError, RangeError
+from pathlift.sharded import largest_around, local_factors, local_part
 from pathlift.symmetry.group import RescalingGroup
 
 # As in apply: log2 factors of one tensor, small tensors whose broadcast sum is meant.
@@ -315,11 +316,14 @@ def _in_range(value: Tensor, exponents: Factors, power: int, label: str) -> Fact
     if found[1] + up < high and (len(exponents) == 1 or found[0] + down >= low):
         return exponents
     joined = sum(exponents[1:], exponents[0])
-    largest = float((value.detach().double().abs().log2() + power * joined.to(value.device)).max())
-    if largest >= high + 1:
+    part, (moved,) = local_part(value.detach()), local_factors(value, [power * joined])
+    logs = part.double().abs().log2() + moved.to(part.device)
+    top = int(logs.max().ceil().clamp(-5000, 5000)) if logs.numel() else -5000
+    (largest,) = largest_around(value, (top,))
+    if largest > high + 1:
         raise RangeError(
             f"{label}, which would overflow {str(value.dtype).removeprefix('torch.')}: its "
-            f"largest entry would be 2**{largest:.0f}. Nothing was changed. Use smaller scales, "
+            f"largest entry would be 2**{largest}. Nothing was changed. Use smaller scales, "
             f"or condition before the first step."
         )
     return [joined]
