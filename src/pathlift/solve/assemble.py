@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,10 +130,11 @@ def assemble_sums(
     trainable: Mapping[str, bool],
     lower: Array,
     upper: Array,
+    store: Callable[[Tensor], Tensor] | None = None,
 ) -> Assembled:
     """The problem of parameters whose coefficients are summed already; see :func:`assemble`.
 
-    ``criterion``: its values are not read.
+    ``criterion``: its values are not read. ``store``: see :class:`Problem`.
     """
     # The problem is written for the rate -2; other rates multiply the exponents.
     factor = -criterion.rate / 2
@@ -204,6 +205,7 @@ def assemble_sums(
         upper,
         layers(group),
         criterion.reduction,
+        **({} if store is None else {"store": store}),
     )
     return Assembled(problem, log_sum / count if count else 0.0, linear, dead)
 
