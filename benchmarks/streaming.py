@@ -152,24 +152,23 @@ def reduced_bytes(name: str) -> int:
 def measured(command: list[str]) -> dict[str, Any]:
     """Run a command; seconds, output and peaks of its memory in bytes."""
     start, anonymous, resident = time.perf_counter(), 0, 0
-    output = tempfile.TemporaryFile("w+")
-    process = subprocess.Popen(command, stdout=output)
-    while process.poll() is None:
-        try:
-            text = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        fields = dict(line.split(":", 1) for line in text.splitlines())
-        if "RssAnon" in fields:
-            anonymous = max(anonymous, int(fields["RssAnon"].split()[0]) * 1024)
-            resident = max(resident, int(fields["VmHWM"].split()[0]) * 1024)
-        time.sleep(0.01)
-    if process.wait():
-        raise SystemExit(f"{command} failed with {process.returncode}")
-    seconds = time.perf_counter() - start
-    output.seek(0)
-    out = output.read()
-    output.close()
+    with tempfile.TemporaryFile("w+") as output:  # a pipe would fill up
+        process = subprocess.Popen(command, stdout=output)
+        while process.poll() is None:
+            try:
+                text = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                break
+            fields = dict(line.split(":", 1) for line in text.splitlines())
+            if "RssAnon" in fields:
+                anonymous = max(anonymous, int(fields["RssAnon"].split()[0]) * 1024)
+                resident = max(resident, int(fields["VmHWM"].split()[0]) * 1024)
+            time.sleep(0.01)
+        if process.wait():
+            raise SystemExit(f"{command} failed with {process.returncode}")
+        seconds = time.perf_counter() - start
+        output.seek(0)
+        out = output.read()
     return {"seconds": seconds, "resident": resident, "anonymous": anonymous, "out": out}
 
 
