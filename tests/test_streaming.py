@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -660,7 +661,63 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- kill
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 here")
+# Imports once, then runs the command in a fork for every line it reads.
+SERVER = """
+import os, sys
+import torch._dynamo, torch.export
+import pathlift.cli, pathlift.streaming
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(pathlift.cli.main(sys.argv[1:]))
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+    print("end", file=sys.stderr, flush=True)
+"""
+
+
+class Runner:
+    """Runs of one command, each a process of its own that can be killed."""
+
+    def __init__(self, command: list[str]) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, *command],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+
+    def start(self) -> int:
+        self.server.stdin.write("go\n")
+        return int(self.server.stdout.readline())
+
+    def until(self, word: str) -> None:
+        for line in self.server.stderr:
+            if word in line or line == "end\n":
+                return
+
+    def end(self) -> int:
+        """The status of the run that was started last."""
+        status = int(self.server.stdout.readline())
+        for line in self.server.stderr:
+            if line == "end\n":
+                break
+        return status
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        assert self.server.wait() == 0
+        self.server.stdout.close()
+        self.server.stderr.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no kill -9 here")
 @pytest.mark.parametrize("moments", [6, pytest.param(20, marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("target", ["out.safetensors", "out"])
 def test_killed_at_random_moments(
@@ -670,67 +727,53 @@ def test_killed_at_random_moments(
     state = weights("large")
     save_sharded(state, tmp_path / "in", files=4)
     out = tmp_path / target
-    load = load_file if target.endswith("safetensors") else load_sharded
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-
-    def start() -> subprocess.Popen:
-        command = [sys.executable, "-m", "pathlift.cli", "condition", f"{networks}:large"]
-        command += ["--weights", str(tmp_path / "in"), "--input", INPUTS["large"], "--stream"]
-        return subprocess.Popen(
-            [*command, "-o", str(out)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def until_writing(process: subprocess.Popen) -> None:
-        for line in process.stderr:
-            if "writing" in line:
-                return
-
+    load = load_file if out.suffix else load_sharded
+    command = ["condition", f"{networks}:large", "--weights", str(tmp_path / "in"), "--stream"]
+    runner = Runner([*command, "--input", INPUTS["large"], "-o", str(out)])
+    runner.start()
     began = time.perf_counter()
-    process = start()
-    until_writing(process)
+    runner.until("writing")
     at = time.perf_counter()
-    assert process.wait() == 0
+    assert runner.end() == 0
     writing, whole = time.perf_counter() - at, time.perf_counter() - began
-    process.stderr.close()
     new = load(out)
     assert not equal(new, state)
     # What is replaced: a checkpoint of the same structure, told apart by its values.
     old = {n: t.neg() for n, t in state.items()}
-    order = list(old)
     shard = Shard(
-        [(n, old[n].dtype, tuple(old[n].shape)) for n in order],
-        lambda: (as_bytes(old[n]) for n in order),
+        [(n, t.dtype, tuple(t.shape)) for n, t in old.items()],
+        lambda: (as_bytes(t) for t in old.values()),
     )
-    put_old = (
-        (lambda: write_file(out, shard)) if out.suffix else (lambda: write_folder(out, [shard], {}))
-    )
-    random.seed(moments)
+
+    def put_old() -> None:
+        if out.suffix:
+            write_file(out, shard)
+        else:
+            write_folder(out, [shard], {})
+
+    chosen = random.Random(moments)
     seen = []
     for k in range(moments):
         put_old()
-        process = start()
+        child = runner.start()
         if k % 3 == 2:  # anywhere, else while writing
-            time.sleep(random.uniform(0, whole))
+            time.sleep(chosen.uniform(0, whole))
         else:
-            until_writing(process)
-            time.sleep(random.uniform(0, 0.9 * writing))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+            runner.until("writing")
+            time.sleep(chosen.uniform(0, writing))
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.kill(child, signal.SIGKILL)
+        status = runner.end()
         found = load(out)
         assert equal(found, old) or equal(found, new)
-        seen.append(equal(found, new))
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0 and equal(found, new)
+        seen.append("new" if equal(found, new) else "old")
     put_old()
-    process = start()
-    process.communicate()
-    assert process.returncode == 0 and equal(load(out), new)
-    left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"in", target}
+    runner.start()
+    assert runner.end() == 0 and equal(load(out), new)
+    runner.close()
+    assert {p.name for p in tmp_path.iterdir()} == {"in", target}
     if target == "out":
         assert len(list(out.iterdir())) == 5
-    print(f"{target}: {moments} kills, {sum(seen)} after the new one was in place")
+    print(f"{target}: {moments} kills leave {', '.join(seen)}")

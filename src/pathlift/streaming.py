@@ -8,6 +8,8 @@ that the solver needs. Then every tensor is copied to the output, rescaled on th
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +52,10 @@ from pathlift.symmetry.group import RescalingGroup, infer_group
 Progress = Callable[[str, int, int], None]
 
 # Bytes that are read, checked and written at a time where a tensor is not needed as a whole.
-_PIECE = 32_000_000
+_PIECE = 8_000_000
+
+# Matrices below this many bytes stay in memory.
+_SMALL = 1_000_000
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -73,10 +78,12 @@ def condition_checkpoint(
     The result is that of :func:`pathlift.condition_` on the same model and weights, bit for bit.
     Tensors keep the dtype, the order and the files they have in the checkpoint.
 
-    Memory: the structure of the model with its buffers, the activations of ``example_inputs``, the
-    reduced matrices of the problem (float64; as large as a weight where every row and every column
-    has a scale of its own, a vector where only one side has), and about three tensors of the size
-    of the largest parameter in float32.
+    Memory: the structure of the model with its buffers, the activations of ``example_inputs``, and
+    about three tensors of the size of the largest parameter in float32 (more for a float64 model).
+    The solver's matrices are as large as a weight where every row and every column has a scale of
+    its own; they are float64 and lie in a temporary file beside ``output``, which the solver reads
+    through the page cache: fast where they fit in free memory, else as fast as the disk. Free disk
+    space for it: twice the size of a float32 checkpoint at most.
 
     Args:
         build: makes the model; called once, with every parameter put on the meta device as it is
@@ -108,7 +115,7 @@ def condition_checkpoint(
     report = progress or (lambda phase, done, total: None)
     seconds: dict[str, float] = {}
     report("reading headers", 0, 0)
-    with open_checkpoint(weights) as checkpoint:
+    with open_checkpoint(weights) as checkpoint, Scratch(output.resolve().parent) as scratch:
         with timed(seconds, "capture"):
             report("building the model without values", 0, 0)
             with parameters_on_meta():
@@ -125,7 +132,9 @@ def condition_checkpoint(
             extents = _survey(group, checkpoint, places, report)
             lower, upper = extent_bounds(group, extents)
             values.phase = "criterion"
-            assembled, approximated = assemble_from(group, chosen, program, lower, upper)
+            assembled, approximated = assemble_from(
+                group, chosen, program, lower, upper, scratch.store
+            )
         with timed(seconds, "solve"):
             report("solving", 0, 0)
             solution, scales = choose_scales(assembled.problem, solver, tol, exact)
@@ -135,6 +144,38 @@ def condition_checkpoint(
             _write(checkpoint, factors, output, report)
     seconds["verify"] = 0.0
     return summarised(group, assembled, solution, scales, approximated, None, seconds)
+
+
+class Scratch:
+    """A temporary file for matrices that the solver reads again and again.
+
+    They are mapped: their pages are in memory as long as nothing else needs it. The file has no
+    name where the system allows that, so nothing is left of it, whatever happens.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> Scratch:
+        self._file = tempfile.TemporaryFile(dir=self._folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def store(self, matrix: Tensor) -> Tensor:
+        """The same values, in the file where it is worth it."""
+        if matrix.nbytes < _SMALL or matrix.dim() < 2:
+            return matrix
+        offset = -(-self._file.seek(0, 2) // mmap.ALLOCATIONGRANULARITY)
+        offset *= mmap.ALLOCATIONGRANULARITY
+        self._file.seek(offset)
+        self._file.write(matrix.contiguous().numpy().data)
+        self._file.flush()
+        assert matrix.dtype == torch.float64
+        shape = tuple(matrix.shape)
+        mapped: NDArray[Any] = np.memmap(self._file, np.float64, "r+", offset, shape)
+        return torch.from_numpy(mapped)
 
 
 # --------------------------------------------------------------------------- model without values

@@ -212,7 +212,9 @@ def _power(program: Program, name: str, p: float, dtype: torch.dtype, unit: int 
     x = q.to("cpu", dtype)
     if unit:
         x = x * 2.0**-unit
-    return (x.square() if p == 2 else x.abs() ** p), unit
+    if p == 2:  # in place where this is a copy
+        return (x.square() if x.data_ptr() == q.data_ptr() else x.square_()), unit
+    return x.abs() ** p, unit
 
 
 class KeptParameters:

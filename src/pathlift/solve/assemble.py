@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pathlift.capture import Program
 from pathlift.criteria.protocol import Coefficients, Criterion
-from pathlift.solve.problem import MatrixBlock, Problem
+from pathlift.solve.problem import MatrixBlock, Problem, Store, as_is
 from pathlift.solve.ranges import value
 from pathlift.symmetry.group import ParameterScales, RescalingGroup
 
@@ -84,9 +84,16 @@ def assemble(
 
 
 def assemble_from(
-    group: RescalingGroup, criterion: Criterion, program: Program, lower: Array, upper: Array
+    group: RescalingGroup,
+    criterion: Criterion,
+    program: Program,
+    lower: Array,
+    upper: Array,
+    store: Store = as_is,
 ) -> tuple[Assembled, dict[str, int]]:
     """Like :func:`assemble`, a parameter at a time: no coefficients are kept.
+
+    ``store``: where the reduced matrices are put; see :class:`Problem`.
 
     Also returns the operations a stand-in was used for, with counts.
     """
@@ -95,12 +102,14 @@ def assemble_from(
     sums: dict[str, Sums] = {}
 
     def take(name: str, g: Tensor) -> None:
-        sums[name] = sum_up(group.parameters[name], g, maxima, trainable[name])
+        found = sum_up(group.parameters[name], g, maxima, trainable[name])
+        sums[name] = replace(found, matrix=store(found.matrix))
 
     approximated = criterion.hand_on(program, take)
     ordered = {n: sums[n] for n in program.parameters if n in sums}
     objective = criterion.coefficients({}, approximated)
-    return assemble_sums(group, ordered, objective, trainable, lower, upper), approximated
+    assembled = assemble_sums(group, ordered, objective, trainable, lower, upper, store)
+    return assembled, approximated
 
 
 @dataclass(frozen=True)
@@ -151,10 +160,11 @@ def assemble_sums(
     trainable: Mapping[str, bool],
     lower: Array,
     upper: Array,
+    store: Store = as_is,
 ) -> Assembled:
     """The problem of parameters whose coefficients are summed already; see :func:`assemble`.
 
-    ``criterion``: its values are not read.
+    ``criterion``: its values are not read. ``store``: see :class:`Problem`.
     """
     # The problem is written for the rate -2; other rates multiply the exponents.
     factor = -criterion.rate / 2
@@ -225,6 +235,7 @@ def assemble_sums(
         upper,
         layers(group),
         criterion.reduction,
+        store,
     )
     return Assembled(problem, log_sum / count if count else 0.0, linear, dead)
 

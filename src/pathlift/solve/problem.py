@@ -17,6 +17,7 @@ the point moves far from where a matrix was last normalised, the matrix is norma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,14 @@ class MatrixBlock:
     cols: sparse.csr_array
 
 
+Store = Callable[[torch.Tensor], torch.Tensor]
+
+
+def as_is(matrix: torch.Tensor) -> torch.Tensor:
+    """Keep a matrix where it is."""
+    return matrix
+
+
 @dataclass(frozen=True)
 class Problem:
     """Minimise ``F(s)`` over ``lower <= s <= upper``; see the module's formula.
@@ -60,6 +69,7 @@ class Problem:
     ``lower``, ``upper``: ``(H,)`` in log2 units, may be infinite; a dead channel has both 0.
     ``reduction``: ``"max"`` asks for equal largest entries on both sides of every channel instead
     (no objective; see :mod:`pathlift.solve.ranges`).
+    ``store``: where a matrix of the solver's own is put (in memory, as it is, by default).
     ``layers``: ``(H,)``; equal numbers hint that scales share no entry (checked before use).
     """
 
@@ -74,6 +84,7 @@ class Problem:
     upper: Array
     layers: IntArray
     reduction: str = "sum"
+    store: Store = as_is
 
 
 @dataclass(frozen=True)
@@ -234,7 +245,7 @@ class Operator:
             power[source == 0] = -np.inf
             top = power.amax(1)
             power -= torch.where(torch.isfinite(top), top, torch.zeros_like(top))[:, None]
-            matrices.append(mantissa * torch.exp2(power))
+            matrices.append(self.problem.store(mantissa.mul_(torch.exp2(power))))
             base[row] = top.numpy()
             base[col] = np.where(self._live[b][1], 0.0, -np.inf)
         if self.has_vector:
