@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -131,3 +132,25 @@ def test_without_processes_nothing_is_sharded() -> None:
     sharded.reshard(model)
     assert sharded.local_part(model.weight) is model.weight
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+def test_the_script_of_the_docs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "train.py").write_text(script)
+    assert "torchrun --nproc-per-node 2 train.py" in text
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        + ["train.py"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(pathlift.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("identical, bit for bit") == 1
