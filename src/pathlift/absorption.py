@@ -1,0 +1,292 @@
+"""Folding batch norms and absorbing high biases: what cross-layer equalization is used with.
+
+Nagel, van Baalen, Blankevoort, Welling, "Data-free quantization through weight equalization and
+bias correction" (ICCV 2019), sections 4.1.1 and 4.1.2: batch norms are folded into the layers in
+front of them, ranges are equalised (``condition_(model, x, criterion="range")``), and what a
+pre-activation exceeds zero by almost always is moved from a layer's bias into the next one's.
+
+Unlike everything else here this may change the function: where a pre-activation is below what was
+taken from it, ReLU cuts off a different part. With ``sigmas=3`` that is 0.13 % of a Gaussian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from pathlift.capture import Graph, capture, check_model, named_tensors, operation
+from pathlift.errors import ArgumentError
+from pathlift.symmetry.group import RescalingGroup
+from pathlift.symmetry.inference import BATCH_NORMS
+
+# Name of a bias -> mean and standard deviation of the pre-activation it is part of, per channel.
+Statistics = dict[str, tuple[Tensor, Tensor]]
+
+_CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d", "convolution"))
+_LINEAR = _CONVOLUTIONS | {"linear"}
+_TRANSPARENT = frozenset(
+    ("dropout", "feature_dropout", "alpha_dropout", "clone", "detach", "alias")
+)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer or convolution whose weight and bias are parameters used nowhere else."""
+
+    node: fx.Node
+    weight: str
+    bias: str | None
+
+
+def fold_batch_norms_(model: nn.Module, example_inputs: object) -> Statistics:
+    """Fold every batch norm into the layer in front of it, in place, in evaluation mode.
+
+    ``w' = w gamma / sqrt(var + eps)`` and ``b' = beta + (b - mean) gamma / sqrt(var + eps)``. An
+    ``nn.Identity`` takes the batch norm's place, and a layer without bias gets one. A batch norm
+    that does not directly follow a linear layer or convolution of its own stays.
+
+    Args:
+        model: in evaluation mode.
+        example_inputs: as for :func:`pathlift.condition_`.
+
+    Returns:
+        bias name -> mean ``beta`` and deviation ``|gamma|`` of the folded layer's output, per
+        channel, of the bias's dtype: what the batch norm says of its own output.
+
+    Raises:
+        ArgumentError: the model is in training mode.
+        ArgumentError, CaptureError: see :func:`pathlift.condition_`.
+    """
+    model = check_model(model)
+    if model.training:
+        raise ArgumentError(
+            "batch norms can be folded in evaluation mode only, and the model is in training "
+            "mode. Call model.eval() first."
+        )
+    graph = capture(model, example_inputs).graphs[0]
+    parameters, buffers, _ = named_tensors(model)
+    tensors: dict[str, Tensor] = {**parameters, **buffers}
+    layers = _layers(graph)
+    # Everything is computed before anything is changed.
+    changes: list[tuple[Tensor, Tensor]] = []
+    added: list[tuple[nn.Module, nn.Parameter]] = []
+    replaced: list[str] = []
+    found: Statistics = {}
+    for node in graph.nodes:
+        layer = layers.get(node.args[0]) if _is_batch_norm(node) else None  # type: ignore[arg-type]
+        if layer is None or len(layer.node.users) > 1:
+            continue
+        place = _owner(model, graph, node)
+        host = model.get_submodule(layer.weight.rpartition(".")[0])
+        if place is None or (layer.bias is None and host._parameters.get("bias", 0) is not None):
+            continue
+        weight = parameters[layer.weight]
+        gamma, beta, mean, var = (_operand(graph, node.args[k], tensors) for k in range(1, 5))
+        assert mean is not None and var is not None
+        gamma = torch.ones_like(mean) if gamma is None else gamma
+        beta = torch.zeros_like(mean) if beta is None else beta
+        bias = parameters[layer.bias].detach() if layer.bias else torch.zeros_like(mean)
+        factor = gamma / (var + _epsilon(node)).sqrt()
+        folded = beta + (bias - mean) * factor
+        shaped = factor.reshape(-1, *(1,) * (weight.dim() - 1))
+        changes.append((weight, weight.detach() * shaped))
+        if layer.bias:
+            changes.append((parameters[layer.bias], folded))
+        else:
+            added.append((host, nn.Parameter(folded.to(weight.dtype), weight.requires_grad)))
+        replaced.append(place)
+        name = layer.bias or ".".join(filter(None, [layer.weight.rpartition(".")[0], "bias"]))
+        found[name] = (beta.clone(), gamma.abs())
+    with torch.no_grad():
+        for tensor, value in changes:
+            tensor.copy_(value)
+    for host, parameter in added:
+        host.bias = parameter
+    for place in replaced:
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
+    return found
+
+
+def rescaled_statistics(
+    statistics: Mapping[str, tuple[Tensor, Tensor]], group: RescalingGroup, log2_scales: Tensor
+) -> Statistics:
+    """The statistics after ``group.rescale_``: a pre-activation is scaled like its bias."""
+    variables = group.variables(log2_scales)
+    found = {}
+    for name, (mean, deviation) in statistics.items():
+        factor = torch.ones((), dtype=torch.float64)
+        for exponent in group.parameter_exponents(name, variables):
+            factor = factor * torch.exp2(exponent)
+        found[name] = (mean * factor.to(mean), deviation * factor.to(deviation))
+    return found
+
+
+def absorb_biases_(
+    model: nn.Module,
+    example_inputs: object,
+    statistics: Mapping[str, tuple[Tensor, Tensor]],
+    sigmas: float = 3.0,
+    padding: str = "refuse",
+) -> dict[str, int]:
+    """Move what pre-activations exceed zero by from a layer's bias into the next layers' biases.
+
+    ``c = max(0, mean - sigmas deviation)`` per channel; ``b -= c`` in front of the ReLU and
+    ``b += W c`` (summed over kernel positions) in every layer that reads it. Exact for inputs with
+    all pre-activations of the channel at ``c`` or above.
+
+    Args:
+        model, example_inputs: as for :func:`pathlift.condition_`.
+        statistics: bias name -> mean and deviation per channel, as :func:`fold_batch_norms_` and
+            :func:`rescaled_statistics` return them.
+        sigmas: deviations that stay above zero, non-negative.
+        padding: ``"refuse"`` leaves layers alone that feed a convolution padded with zeros (its
+            border would be wrong), ``"ignore"`` takes the border's error, as the publication does.
+
+    Returns:
+        bias name -> channels that were changed, for every layer of ``statistics`` that qualifies.
+
+    Raises:
+        ArgumentError: a wrong argument, or statistics of something that is not a layer's bias.
+    """
+    model = check_model(model)
+    if isinstance(sigmas, bool) or not isinstance(sigmas, (int, float)) or not sigmas >= 0:
+        raise ArgumentError(f"sigmas must be a number of at least 0; found {sigmas!r}.")
+    if padding not in ("refuse", "ignore"):
+        raise ArgumentError(f"padding must be 'refuse' or 'ignore'; found {padding!r}.")
+    graph = capture(model, example_inputs).graphs[0]
+    parameters, _, _ = named_tensors(model)
+    layers = {layer.bias: layer for layer in _layers(graph).values() if layer.bias}
+    for name, (mean, deviation) in statistics.items():
+        if name not in layers:
+            raise ArgumentError(
+                f"statistics has an entry '{name}', which is not the bias of one linear layer or "
+                f"convolution. Give the names that fold_batch_norms_ returns."
+            )
+        shape = parameters[name].shape
+        if mean.shape != shape or deviation.shape != shape:
+            raise ArgumentError(
+                f"statistics['{name}'] has shapes {tuple(mean.shape)} and "
+                f"{tuple(deviation.shape)}; the bias has {tuple(shape)}."
+            )
+    changes: dict[str, Tensor] = {}
+    found: dict[str, int] = {}
+    for name, (mean, deviation) in statistics.items():
+        readers = _readers(graph, layers[name], padding)
+        if readers is None:
+            continue
+        excess = (mean - sigmas * deviation).clamp(min=0).to(torch.float64)
+        found[name] = int(torch.count_nonzero(excess))
+        taken = changes.get(name, torch.zeros_like(excess))
+        changes[name] = taken - excess
+        for reader in readers:
+            assert reader.bias is not None
+            weight = parameters[reader.weight].detach().to(torch.float64)
+            moved = _through(weight, excess)
+            changes[reader.bias] = changes.get(reader.bias, torch.zeros_like(moved)) + moved
+    with torch.no_grad():
+        for name, change in changes.items():
+            bias = parameters[name]
+            bias.copy_(bias.to(torch.float64) + change.to(bias.device))
+    return found
+
+
+def _through(weight: Tensor, constant: Tensor) -> Tensor:
+    """What a layer makes of an input that is ``constant`` per channel, everywhere."""
+    outputs, inputs = weight.shape[:2]
+    groups = constant.numel() // inputs
+    summed = weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
+    parts = summed.reshape(groups, outputs // groups, inputs)
+    return torch.einsum("goi,gi->go", parts, constant.reshape(groups, inputs)).reshape(-1)
+
+
+def _layers(graph: Graph) -> dict[fx.Node, _Layer]:
+    found = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or operation(node) not in _LINEAR:
+            continue
+        weight, bias = [*node.args, None, None][1:3]
+        if operation(node) == "convolution" and len(node.args) > 6 and node.args[6]:
+            continue  # transposed
+        name = graph.tensors.get(weight.name) if isinstance(weight, fx.Node) else None
+        other = graph.tensors.get(bias.name) if isinstance(bias, fx.Node) else None
+        names = [n for n in (name, other) if n is not None]
+        if name is None or (bias is not None and other is None):
+            continue
+        if _times_read(graph, names) == len(names):
+            found[node] = _Layer(node, name, other)
+    return found
+
+
+def _times_read(graph: Graph, names: Sequence[str]) -> int:
+    leaves = [
+        n for n in graph.nodes if n.op == "placeholder" and graph.tensors.get(n.name) in names
+    ]
+    return sum(len(n.users) for n in leaves)
+
+
+def _is_batch_norm(node: fx.Node) -> bool:
+    return node.op == "call_function" and operation(node) in BATCH_NORMS
+
+
+def _epsilon(node: fx.Node) -> float:
+    """``eps`` among the arguments of any of the batch norms."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return float(given.get("eps", given.get("epsilon", 1e-5)))  # type: ignore[arg-type]
+
+
+def _readers(graph: Graph, layer: _Layer, padding: str) -> list[_Layer] | None:
+    """The layers that read ``relu`` of this one's output, or None if anything else does."""
+    layers = _layers(graph)
+    found: list[_Layer] = []
+    waiting, rectified = [(layer.node, False)], False
+    while waiting:
+        node, rectified = waiting.pop()
+        for user in node.users:
+            kind = operation(user) if user.op == "call_function" else user.op
+            if kind in _TRANSPARENT:
+                waiting.append((user, rectified))
+            elif kind == "relu":
+                waiting.append((user, True))
+            elif rectified and user in layers and layers[user].bias and user.args[0] is node:
+                if padding == "refuse" and _is_padded(user):
+                    return None
+                found.append(layers[user])
+            else:
+                return None
+    return found or None
+
+
+def _operand(graph: Graph, value: object, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The parameter or buffer that a batch norm reads; None where it has none."""
+    return tensors[graph.tensors[value.name]].detach() if isinstance(value, fx.Node) else None
+
+
+def _owner(model: nn.Module, graph: Graph, node: fx.Node) -> str | None:
+    """Path of the module whose only work is this batch norm, or None if there is none."""
+    values = [v for v in node.args[1:5] if isinstance(v, fx.Node)]
+    names = [graph.tensors.get(v.name, "") for v in values]
+    paths = {name.rpartition(".")[0] for name in names}
+    if len(names) < 2 or len(paths) != 1 or _times_read(graph, names) > len(names):
+        return None
+    path = paths.pop()
+    module = model.get_submodule(path)
+    own = [n for n, _ in [*module.named_parameters(), *module.named_buffers()]]
+    spare = {n.rpartition(".")[2] for n in names} | {"num_batches_tracked"}
+    if not path or not spare.issuperset(own) or any(True for _ in module.children()):
+        return None
+    return path
+
+
+def _is_padded(node: fx.Node) -> bool:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    padding = given.get("padding", 0)
+    if isinstance(padding, str):
+        return padding != "valid"
+    sizes = padding if isinstance(padding, (list, tuple)) else [padding]
+    return any(bool(p) for p in sizes)
