@@ -11,7 +11,7 @@ taken from it, ReLU cuts off a different part. With ``sigmas=3`` that is 0.13 % 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
