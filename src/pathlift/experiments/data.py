@@ -21,7 +21,7 @@ from pathlift.errors import ArgumentError, PathliftError
 from pathlift.experiments.optional import need
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "all")
 _HELD_OUT = 5  # of the sets without a test set of their own, one sample in five is held out
 _PATCH = 8
 
@@ -55,6 +55,11 @@ class Data:
         """The same inputs, flat and without their classes: (N, features)."""
         return Data(self.name, self.inputs.flatten(1), None)
 
+    def to(self, device: torch.device | str) -> Data:
+        """The same on a device."""
+        targets = None if self.targets is None else self.targets.to(device)
+        return replace(self, inputs=self.inputs.to(device), targets=targets)
+
     def first(self, count: int | None) -> Data:
         """The first samples; None: all."""
         targets = None if self.targets is None else self.targets[:count]
@@ -73,7 +78,8 @@ def load(
             (N, 3, 32, 32) from the binary version or a ``cifar10.npz`` (``x_train``, ``y_train``,
             ``x_test``, ``y_test``).
         root: folder with the files, or with a folder that has them.
-        split: ``"train"`` or ``"test"``. Sets without a test set hold out one sample in five.
+        split: ``"train"``, ``"test"`` or ``"all"``, both. Sets without a test set hold out one
+            sample in five.
         download: without files, fetch from OpenML through scikit-learn, whose cache goes to
             ``root``; a copy already there needs no network.
 
@@ -83,13 +89,15 @@ def load(
         MissingDependencyError: scikit-learn is needed and not installed.
     """
     if split not in SPLITS:
-        raise ArgumentError(f"split must be 'train' or 'test'; found {split!r}.")
+        raise ArgumentError(f"split must be 'train', 'test' or 'all'; found {split!r}.")
     if name in _EMBEDDED:
         return _held_out(_EMBEDDED[name](), split)
     if name not in _FILES:
         known = ", ".join(map(repr, DATA_SETS))
         raise ArgumentError(f"data {name!r} is unknown. Supported: {known}.")
-    images, labels = _images(name, root, split, download)
+    parts = ("train", "test") if split == "all" else (split,)
+    found = [_images(name, root, part, download) for part in parts]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     return _normalised(name, images, labels)
 
 
@@ -134,7 +142,9 @@ def _photographs() -> Data:
 
 
 def _held_out(data: Data, split: str) -> Data:
-    """Four fifths or the other fifth, by a shuffle that is always the same."""
+    """Four fifths or the other fifth, by a shuffle that is always the same; or all, unshuffled."""
+    if split == "all":
+        return data
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(data.inputs), generator=generator)
     cut = len(order) // _HELD_OUT

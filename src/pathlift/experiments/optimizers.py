@@ -1,6 +1,6 @@
-"""Optimisers as pure functions on stacked parameters: R runs, each with its own learning rate.
+"""Optimisers as functions on stacked parameters: R runs, each with its own learning rate.
 
-Every rule takes and returns one parameter with a leading axis of runs and does to each slice what
+Every rule changes one parameter with a leading axis of runs, in place, and does to each slice what
 its namesake in ``torch.optim`` does to one run's parameter (the tests compare them). The slots
 carry torch's names, so that a run's state can be handed to a torch optimiser and taken back.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from pathlift.errors import ArgumentError
 
 Slots = dict[str, Tensor]
-Update = Callable[[Tensor, Tensor, Slots, Tensor, int], tuple[Tensor, Slots]]
+Update = Callable[[Tensor, Tensor, Slots, Tensor, int], None]
 MOMENTUM = 0.9
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -32,15 +33,17 @@ class Rule:
     """An optimiser.
 
     Attributes:
-        update: ``(parameter, gradient, slots, rate, step) -> (parameter, slots)``; the tensors are
-            (R, *shape), the rate is (R, 1, ...) and step counts from 1; nothing changes in place.
+        torch: ``(model, rate, example inputs) -> optimisers`` for one run that trains alone; a
+            list, since some rules need two.
+        update: ``(parameter, gradient, slots, rate, step)``; the tensors are (R, *shape), the
+            rate is (R, 1, ...) and step counts from 1; parameter and slots change in place. None:
+            the rule trains runs one at a time only.
         slots: names of the state of a stacked parameter, all zero at first.
-        torch: the same optimiser for one run, as a list since some rules need two.
     """
 
-    update: Update
+    torch: Callable[[nn.Module, float, Tensor], list[torch.optim.Optimizer]]
+    update: Update | None
     slots: Callable[[Tensor], tuple[str, ...]]
-    torch: Callable[[Sequence[nn.Parameter], float], list[torch.optim.Optimizer]]
 
 
 def optimizer_named(name: str) -> Rule:
@@ -55,31 +58,30 @@ def optimizer_named(name: str) -> Rule:
     return OPTIMIZERS[name]
 
 
-def _sgd(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
-    return p - rate * g, slots
+def _sgd(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> None:
+    p.addcmul_(rate, g, value=-1)
 
 
-def _momentum(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
-    buffer = torch.add(g, slots["momentum_buffer"], alpha=MOMENTUM)
-    return p - rate * buffer, {"momentum_buffer": buffer}
+def _momentum(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> None:
+    buffer = slots["momentum_buffer"].mul_(MOMENTUM).add_(g)
+    p.addcmul_(rate, buffer, value=-1)
 
 
-def _adam(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
-    first = slots["exp_avg"].lerp(g, 1 - BETAS[0])
-    second = torch.addcmul(slots["exp_avg_sq"] * BETAS[1], g, g, value=1 - BETAS[1])
+def _adam(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> None:
+    first = slots["exp_avg"].lerp_(g, 1 - BETAS[0])
+    second = slots["exp_avg_sq"].mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
     correction1, correction2 = 1 - BETAS[0] ** step, 1 - BETAS[1] ** step
-    denominator = second.sqrt() / math.sqrt(correction2) + EPS
-    moved = p - rate / correction1 * first / denominator
-    return moved, {"exp_avg": first, "exp_avg_sq": second}
+    denominator = second.sqrt().div_(math.sqrt(correction2)).add_(EPS)
+    p.addcmul_(rate, first / denominator, value=-1 / correction1)
 
 
-def _muon(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
+def _muon(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> None:
     if not _is_matrix(p):
         return _adam(p, g, slots, rate, step)
-    buffer = slots["momentum_buffer"].lerp(g, 1 - _MUON_MOMENTUM)
+    buffer = slots["momentum_buffer"].lerp_(g, 1 - _MUON_MOMENTUM)
     direction = _orthogonal(g.lerp(buffer, _MUON_MOMENTUM))
     factor = math.sqrt(max(1.0, p.shape[1] / p.shape[2]))
-    return p - rate * factor * direction, {"momentum_buffer": buffer}
+    p.addcmul_(rate, direction, value=-factor)
 
 
 def _orthogonal(matrices: Tensor) -> Tensor:
@@ -117,33 +119,58 @@ def _muon_slots(p: Tensor) -> tuple[str, ...]:
     return _momentum_slots(p) if _is_matrix(p) else _adam_slots(p)
 
 
-def _torch_sgd(parameters: Sequence[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
-    return [torch.optim.SGD(parameters, lr=rate)]
+def _learnt(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
-def _torch_momentum(parameters: Sequence[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
-    return [torch.optim.SGD(parameters, lr=rate, momentum=MOMENTUM)]
+def _torch_sgd(model: nn.Module, rate: float, example: Tensor) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(_learnt(model), lr=rate)]
 
 
-def _torch_adam(parameters: Sequence[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
-    return [torch.optim.Adam(parameters, lr=rate, betas=BETAS, eps=EPS)]
+def _torch_momentum(model: nn.Module, rate: float, example: Tensor) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(_learnt(model), lr=rate, momentum=MOMENTUM)]
 
 
-def _torch_muon(parameters: Sequence[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
-    if not hasattr(torch.optim, "Muon"):
-        raise ArgumentError(f"torch.optim of torch {torch.__version__} has no Muon.")
-    matrices = [p for p in parameters if p.dim() == 2]
-    others = [p for p in parameters if p.dim() != 2]
+def _adam_of(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=rate, betas=BETAS, eps=EPS)
+
+
+def _torch_adam(model: nn.Module, rate: float, example: Tensor) -> list[torch.optim.Optimizer]:
+    return [_adam_of(_learnt(model), rate)]
+
+
+def _torch_muon(model: nn.Module, rate: float, example: Tensor) -> list[torch.optim.Optimizer]:
+    muon: Any = getattr(torch.optim, "Muon", None)
+    if muon is None:
+        raise ArgumentError(
+            f"torch.optim of torch {torch.__version__} has no Muon. Use torch 2.9 or newer, or "
+            f"train the runs stacked."
+        )
+    matrices = [p for p in _learnt(model) if p.dim() == 2]
+    others = [p for p in _learnt(model) if p.dim() != 2]
     found: list[torch.optim.Optimizer] = []
     if matrices:
-        found.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, momentum=_MUON_MOMENTUM))
-    return found + (_torch_adam(others, rate) if others else [])
+        found.append(muon(matrices, lr=rate, weight_decay=0.0, momentum=_MUON_MOMENTUM))
+    return found + ([_adam_of(others, rate)] if others else [])
 
+
+def _torch_path_sgd(model: nn.Module, rate: float, example: Tensor) -> list[torch.optim.Optimizer]:
+    from pathlift.lifting.metrics import path_kernel_diagonal
+    from pathlift.training.path_sgd import PathSGD
+
+    # In units of the mean g at the start, so that rates mean about the same as for SGD.
+    g = torch.cat([v.flatten() for v in path_kernel_diagonal(model, example).values()])
+    return [PathSGD(model, example, lr=rate * float(g.mean()), eps=PATH_SGD_EPS)]
+
+
+# Relative to the mean of g: entries that few or weak paths pass would take steps without bound.
+PATH_SGD_EPS = 1e-2
 
 OPTIMIZERS: dict[str, Rule] = {
-    "sgd": Rule(_sgd, _no_slots, _torch_sgd),
-    "momentum": Rule(_momentum, _momentum_slots, _torch_momentum),
-    "adam": Rule(_adam, _adam_slots, _torch_adam),
+    "sgd": Rule(_torch_sgd, _sgd, _no_slots),
+    "momentum": Rule(_torch_momentum, _momentum, _momentum_slots),
+    "adam": Rule(_torch_adam, _adam, _adam_slots),
     # Matrices by Muon, everything else by Adam at the same rate.
-    "muon": Rule(_muon, _muon_slots, _torch_muon),
+    "muon": Rule(_torch_muon, _muon, _muon_slots),
+    "path-sgd": Rule(_torch_path_sgd, None, _no_slots),
 }

@@ -2,27 +2,36 @@
 
 The parameters of R networks are stacked along a new first axis and the forward pass is mapped over
 it, so one step of all runs is one batched matrix product per layer. The runs do not interact: the
-gradient of the sum of their losses is each run's own gradient.
+gradient of the sum of their losses is each run's own gradient. Networks so large that their matrix
+products keep the machine busy train one at a time, with ``torch.optim``, through the same function.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
-from pathlift.errors import ArgumentError
+from pathlift.condition import Conditioner
+from pathlift.errors import ArgumentError, RangeError
 from pathlift.experiments.data import Data
 from pathlift.experiments.optimizers import Rule, Slots, optimizer_named
 
 Tensors = dict[str, Tensor]
 _EVALUATE = 512  # test samples in one forward pass
+# Above so many parameters a step on a CPU is arithmetic, and stacking gains nothing.
+STACK_PARAMETERS = 100_000
+# Runs of one stack: few enough for a step's activations to stay in the cache.
+STACK_RUNS = 128
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Curves:
             no classes. 0 once a run has diverged, as for the test set's.
         test_loss: (runs, epochs), after the epoch and in eval mode; None without a test set.
         test_accuracy: (runs, epochs), or None.
-        conditioning_seconds: (runs, epochs), spent on conditioning before the epoch; None where
+        conditioning_seconds: (runs, epochs), spent on conditioning during the epoch; None where
             nothing was conditioned.
     """
 
@@ -54,19 +63,22 @@ class Curves:
 
 @dataclass(frozen=True)
 class Recondition:
-    """Condition a run again before the epochs ``every``, ``2 every``, ... (counted from 0).
+    """Condition a run again before the epochs (or steps) ``every``, ``2 every``, ... from 0.
 
     Attributes:
-        every: number of epochs between two calls.
-        condition: ``(model, optimizers) -> anything``; changes both in place.
+        every: number of epochs or steps between two calls.
+        unit: ``"epoch"`` or ``"step"``.
+        keywords: of :meth:`pathlift.Conditioner.condition_`; the optimiser's state is carried
+            along in any case.
     """
 
     every: int
-    condition: Callable[[nn.Module, list[torch.optim.Optimizer]], object]
+    unit: str = "epoch"
+    keywords: Mapping[str, Any] = field(default_factory=dict)
 
-    def due(self, epoch: int) -> bool:
-        """Whether to condition before this epoch."""
-        return epoch > 0 and epoch % self.every == 0
+    def due(self, unit: str, count: int) -> bool:
+        """Whether to condition before epoch or step number ``count``."""
+        return unit == self.unit and count > 0 and count % self.every == 0
 
 
 def train(
@@ -80,7 +92,7 @@ def train(
     optimizer: str = "sgd",
     test: Data | None = None,
     recondition: Sequence[Recondition | None] | None = None,
-    vectorised: bool = True,
+    vectorised: bool | None = None,
 ) -> Curves:
     """Train R networks of one architecture side by side.
 
@@ -88,36 +100,70 @@ def train(
         models: R networks with equal parameter names and shapes; not changed.
         seeds: R seeds of the order of samples; equal seeds see equal batches (paired runs).
         rates: R learning rates.
-        data: what to learn; the kind decides between cross entropy and mean squared error.
+        data: what to learn; the kind decides between cross entropy and mean squared error. Runs
+            train on the device of its tensors.
         epochs: passes over the data.
         batch: samples per step; an incomplete last batch is left out.
-        optimizer: ``"sgd"``, ``"momentum"``, ``"adam"`` or ``"muon"``.
+        optimizer: ``"sgd"``, ``"momentum"``, ``"adam"``, ``"muon"``, or ``"path-sgd"``, which
+            trains one run at a time and takes its rate in units of the mean of g at the start.
         test: held-out data, evaluated after every epoch.
         recondition: R schedules (or Nones) for conditioning during training.
-        vectorised: False trains the runs one after the other inside each step; so does a network
-            that ``vmap`` refuses.
+        vectorised: True stacks the runs, False trains one at a time with ``torch.optim``. None
+            stacks small networks that ``vmap`` can map over, see :func:`stacks`.
 
-    A run whose loss is no longer finite is frozen where it is, and dropped at the epoch's end.
-    Random layers (dropout) draw from torch's global generator, differently for every run.
+    A run whose loss is no longer finite is dropped at the epoch's end. Random layers (dropout)
+    draw from torch's global generator, differently for every run.
 
     Raises:
-        ArgumentError: the lists' lengths or the networks' parameters differ, or a number is not
-            positive.
+        ArgumentError: the lists' lengths or the networks' parameters differ, a number is not
+            positive, or ``vectorised=True`` with an optimiser that can't be stacked.
     """
     rule = optimizer_named(optimizer)
     _check(models, seeds, rates, recondition, epochs, batch)
-    runs = _Runs(models, rates, data, rule, vectorised)
-    batches = _Batches(seeds, data, min(batch, len(data.inputs)))
+    if vectorised and rule.update is None:
+        raise ArgumentError(
+            f"{optimizer!r} trains one run at a time; use vectorised=False or None."
+        )
+    if vectorised is None:
+        vectorised = rule.update is not None and stacks(models[0], data)
+    schedules = recondition or [None] * len(models)
+    batch = min(batch, len(data.inputs))
     record = _Record(len(models), epochs, data, test)
-    for epoch in range(epochs):
-        if recondition is not None:
-            record.conditioning[:, epoch] = runs.recondition_(recondition, epoch)
-        loss, accuracy = runs.epoch_(batches)
-        record.add(epoch, runs, loss, accuracy)
-        runs.drop_diverged_()
-        if runs.count == 0:
-            break
-    return record.curves(recondition is not None)
+    record.conditioned = recondition is not None
+    size = STACK_RUNS if vectorised else 1
+    for first in range(0, len(models), size):
+        part = slice(first, first + size)
+        runs = (_Stack if vectorised else _Alone)(
+            models[part], rates[part], schedules[part], data, rule
+        )
+        batches = _Batches(seeds[part], data, batch)
+        for epoch in range(epochs):
+            record.add(first, epoch, runs, *runs.epoch_(epoch, batches))
+            runs.drop_diverged_()
+            if not runs.count:
+                break
+    return record.curves()
+
+
+def stacks(model: nn.Module, data: Data) -> bool:
+    """Whether runs of this network gain from being stacked, and can be.
+
+    On a CPU: at most :data:`STACK_PARAMETERS` parameters and no convolution (its batched form is
+    a grouped convolution, which is slower than one after the other); anywhere: ``vmap`` has a rule
+    for every operation, and forward does not look at values.
+    """
+    on_cpu = data.inputs.device.type == "cpu"
+    if on_cpu and sum(p.numel() for p in model.parameters()) > STACK_PARAMETERS:
+        return False
+    if on_cpu and any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()):
+        return False
+    runs = _Stack([model], [0.0], [None], data, optimizer_named("sgd"))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            runs.forward(runs.parameters, data.inputs[None, :2], 0)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _check(
@@ -138,11 +184,7 @@ def _check(
     for name, value in (("epochs", epochs), ("batch", batch)):
         if value < 1:
             raise ArgumentError(f"{name} must be at least 1; found {value}.")
-
-
-def _stack(entries: Sequence[dict[str, Tensor]]) -> Tensors:
-    """One tensor (R, *shape) per name; copies."""
-    shapes = [{n: t.shape for n, t in entry.items()} for entry in entries]
+    shapes = [{n: p.shape for n, p in model.state_dict().items()} for model in models]
     for k, found in enumerate(shapes):
         if found != shapes[0]:
             odd = sorted(n for n in {**found, **shapes[0]} if found.get(n) != shapes[0].get(n))
@@ -150,7 +192,11 @@ def _stack(entries: Sequence[dict[str, Tensor]]) -> Tensors:
                 f"the networks must share one architecture; number {k} differs from number 0 in "
                 f"'{odd[0]}'."
             )
-    return {n: torch.stack([entry[n].detach() for entry in entries]) for n in entries[0]}
+
+
+def _stack(entries: Sequence[dict[str, Tensor]], device: torch.device) -> Tensors:
+    """One tensor (R, *shape) per name; copies."""
+    return {n: torch.stack([entry[n].detach() for entry in entries]).to(device) for n in entries[0]}
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
@@ -158,50 +204,82 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
-class _Runs:
-    """The stacked networks, their optimisers' state, and which runs are still finite.
+class _Bench:
+    """One network with its optimisers, to condition again and again at the cost of the solve."""
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], data: Data):
+        self.model, self.optimizers = model, optimizers
+        self.example = data.inputs[:2]
+        self.conditioners: dict[str, Conditioner] = {}
+
+    def condition_(self, schedule: Recondition) -> float:
+        """Seconds it took; a network that has left the finite numbers is let be."""
+        start = time.perf_counter()
+        if all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            keywords = {"verify": False, "optimizer": self.optimizers, **schedule.keywords}
+            batch_norm = keywords.pop("batch_norm", "pinned")
+            if batch_norm not in self.conditioners:
+                self.conditioners[batch_norm] = Conditioner(
+                    self.model, self.example, batch_norm=batch_norm
+                )
+            with suppress(RangeError):  # about to diverge
+                self.conditioners[batch_norm].condition_(**keywords)
+        return time.perf_counter() - start
+
+
+class _Stack:
+    """Stacked networks, their optimisers' state, and which runs are still finite.
 
     Attributes:
         index: (count,) numbers of the runs that are left.
         alive: (count,) False where the loss has left the finite numbers in this epoch.
+        seconds: (count,) spent on conditioning in this epoch.
     """
 
     def __init__(
         self,
         models: Sequence[nn.Module],
         rates: Sequence[float],
+        schedules: Sequence[Recondition | None],
         data: Data,
         rule: Rule,
-        vectorised: bool,
     ) -> None:
+        device = data.inputs.device
         named = [dict(m.named_parameters()) for m in models]
         learnt = {n for n, p in named[0].items() if p.requires_grad}
-        self.parameters = _stack([{n: p for n, p in d.items() if n in learnt} for d in named])
-        self.frozen = _stack([{n: p for n, p in d.items() if n not in learnt} for d in named])
-        self.buffers = _stack([dict(m.named_buffers()) for m in models])
+        self.parameters = _stack(
+            [{n: p for n, p in d.items() if n in learnt} for d in named], device
+        )
+        self.frozen = _stack(
+            [{n: p for n, p in d.items() if n not in learnt} for d in named], device
+        )
+        self.buffers = _stack([dict(m.named_buffers()) for m in models], device)
         self.slots: dict[str, Slots] = {
             n: {slot: torch.zeros_like(t) for slot in rule.slots(t)}
             for n, t in self.parameters.items()
         }
-        self.skeleton = copy.deepcopy(models[0])
-        self.rule, self.data, self.vectorised = rule, data, vectorised
-        device = data.inputs.device
+        self.skeleton = copy.deepcopy(models[0]).to(device).train()
+        self.rule, self.data, self.schedules = rule, data, schedules
         self.rates = torch.tensor(rates, dtype=data.inputs.dtype, device=device)
         self.index = torch.arange(len(models), device=device)
         self.alive = torch.ones(len(models), dtype=torch.bool, device=device)
+        self.seconds = torch.zeros(len(models), dtype=torch.float64)
         self.steps = 0
+        self._bench: _Bench | None = None
 
     @property
     def count(self) -> int:
         return len(self.index)
 
-    def epoch_(self, batches: _Batches) -> tuple[Tensor, Tensor]:
+    def epoch_(self, epoch: int, batches: _Batches) -> tuple[Tensor, Tensor]:
         """One pass over the data: mean loss and accuracy, each (count,)."""
+        self.seconds = torch.zeros(self.count, dtype=torch.float64)
+        self._recondition_("epoch", epoch)
         self.skeleton.train()
-        loss = torch.zeros_like(self.rates)
-        accuracy = torch.zeros_like(self.rates)
+        loss, accuracy = torch.zeros_like(self.rates), torch.zeros_like(self.rates)
         steps = 0
         for x, y in batches.epoch(self.index):
+            self._recondition_("step", self.steps)
             value, correct = self._step_(x, y)
             loss += value
             accuracy += correct
@@ -209,50 +287,28 @@ class _Runs:
         return loss / steps, accuracy / steps
 
     def _step_(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self.rule.update is not None
         leaves = {n: t.requires_grad_() for n, t in self.parameters.items()}
         with torch.enable_grad():
-            out, buffers = self.forward(leaves, x, 0)
-            value, correct = _score(self.data.kind, out, x, y)
+            out, self.buffers = self.forward(leaves, x, 0)
+            value, correct = _scores(self.data.kind, out, x, y)
             gradients = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
         value = value.detach()
+        self.buffers = {n: b.detach() for n, b in self.buffers.items()}
+        # A run that has diverged goes on with NaNs, which touch nobody, to the epoch's end.
         self.alive &= torch.isfinite(value)
         self.steps += 1
-        whole = bool(self.alive.all())
-        for (name, old), gradient in zip(leaves.items(), gradients, strict=True):
-            if gradient is None:  # torch's optimisers skip these, too
-                continue
-            old = old.detach()
-            rate = _column(self.rates, old)
-            new, slots = self.rule.update(old, gradient, self.slots[name], rate, self.steps)
-            self.parameters[name] = new if whole else self._where_alive(new, old)
-            self.slots[name] = slots
-        self.buffers = (
-            buffers
-            if whole
-            else {n: self._where_alive(b, self.buffers[n]) for n, b in buffers.items()}
-        )
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            self.parameters[name] = parameter = leaf.detach()
+            if gradient is not None:  # torch's optimisers skip None, too
+                rate = _column(self.rates, parameter)
+                self.rule.update(parameter, gradient, self.slots[name], rate, self.steps)
         return value, correct
-
-    def _where_alive(self, new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(_column(self.alive, old), new, old)
 
     def forward(self, parameters: Tensors, x: Tensor, dim: int | None) -> tuple[Tensor, Tensors]:
         """Outputs (count, batch, ...) and new buffers; ``dim`` None: all runs see the same x."""
-        if self.vectorised:
-            try:
-                mapped = vmap(self._one, in_dims=(0, 0, 0, dim), randomness="different")
-                return mapped(parameters, self.frozen, self.buffers, x)
-            except RuntimeError:  # no batching rule, or forward looks at values: one by one
-                self.vectorised = False
-        found = []
-        for k in range(self.count):
-            single = [
-                {n: t[k] for n, t in stack.items()}
-                for stack in (parameters, self.frozen, self.buffers)
-            ]
-            found.append(self._one(single[0], single[1], single[2], x if dim is None else x[k]))
-        buffers = {n: torch.stack([f[1][n] for f in found]) for n in self.buffers}
-        return torch.stack([f[0] for f in found]), buffers
+        mapped = vmap(self._one, in_dims=(0, 0, 0, dim), randomness="different")
+        return mapped(parameters, self.frozen, self.buffers, x)
 
     def _one(
         self, parameters: Tensors, frozen: Tensors, buffers: Tensors, x: Tensor
@@ -267,13 +323,10 @@ class _Runs:
         """Mean loss and accuracy on the test set in eval mode, each (count,)."""
         self.skeleton.eval()
         loss, accuracy = torch.zeros_like(self.rates), torch.zeros_like(self.rates)
-        for start in range(0, len(test.inputs), _EVALUATE):
-            x = test.inputs[start : start + _EVALUATE]
-            y = None if test.targets is None else test.targets[start : start + _EVALUATE]
+        for x, y in _in_order(test):
             out, _ = self.forward(self.parameters, x, None)
-            shared = x.expand(self.count, *x.shape)
             y = None if y is None else y.expand(self.count, -1)
-            value, correct = _score(test.kind, out, shared, y)
+            value, correct = _scores(test.kind, out, x.expand(self.count, *x.shape), y)
             loss += value * len(x)
             accuracy += correct * len(x)
         return loss / len(test.inputs), accuracy / len(test.inputs)
@@ -291,40 +344,123 @@ class _Runs:
         }
         self.rates, self.index, self.alive = self.rates[kept], self.index[kept], kept[kept]
 
-    def recondition_(self, schedules: Sequence[Recondition | None], epoch: int) -> Tensor:
-        """Condition the runs that are due; (all runs,) seconds each took."""
-        seconds = torch.zeros(len(schedules), dtype=torch.float64)
+    def _recondition_(self, unit: str, count: int) -> None:
         for place, run in enumerate(self.index.tolist()):
-            schedule = schedules[run]
-            if schedule is not None and schedule.due(epoch):
-                start = time.perf_counter()
-                self._recondition_one_(place, schedule)
-                seconds[run] = time.perf_counter() - start
-        return seconds
+            schedule = self.schedules[run]
+            if schedule is not None and schedule.due(unit, count) and bool(self.alive[place]):
+                self.seconds[place] += self._recondition_one_(place, schedule)
 
     @torch.no_grad()
-    def _recondition_one_(self, place: int, schedule: Recondition) -> None:
+    def _recondition_one_(self, place: int, schedule: Recondition) -> float:
         """Lift one run out of the stack with its optimiser's state, and put it back."""
-        model = copy.deepcopy(self.skeleton).train()
-        named = dict(model.named_parameters())
+        if self._bench is None:
+            model = copy.deepcopy(self.skeleton).train()
+            self._bench = _Bench(
+                model, self.rule.torch(model, 1.0, self.data.inputs[:2]), self.data
+            )
+        bench = self._bench
+        named = dict(bench.model.named_parameters())
+        tensors = {**named, **dict(bench.model.named_buffers())}
         stacks = {**self.parameters, **self.frozen, **self.buffers}
-        for name, tensor in {**named, **dict(model.named_buffers())}.items():
+        for name, tensor in tensors.items():
             tensor.copy_(stacks[name][place])
-        learnt = {n: named[n] for n in self.parameters}
-        optimizers = self.rule.torch(list(learnt.values()), float(self.rates[place]))
-        holder = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
-        for name, parameter in learnt.items():
+        holder = {p: o for o in bench.optimizers for g in o.param_groups for p in g["params"]}
+        for name in self.parameters:
+            parameter = named[name]
+            # Without a step the state is empty, as torch's; with one it is dense and counted.
             state = {slot: t[place].clone() for slot, t in self.slots[name].items()}
-            holder[parameter].state[parameter].update(state)
+            if "exp_avg" in state:
+                state["step"] = torch.tensor(float(self.steps))
+            holder[parameter].state[parameter] = state
         with torch.enable_grad():
-            schedule.condition(model, optimizers)
+            seconds = bench.condition_(schedule)
         self.parameters = {n: t.detach() for n, t in self.parameters.items()}
-        for name, parameter in learnt.items():
-            self.parameters[name][place] = parameter
+        for name in self.parameters:
+            self.parameters[name][place] = named[name]
             for slot, t in self.slots[name].items():
-                t[place] = holder[parameter].state[parameter][slot]
-        for name, tensor in model.named_buffers():
-            self.buffers[name][place] = tensor
+                t[place] = holder[named[name]].state[named[name]][slot]
+        for name in self.frozen:
+            self.frozen[name][place] = named[name]
+        for name in self.buffers:
+            self.buffers[name][place] = tensors[name]
+        return seconds
+
+
+class _Alone:
+    """One network with its ``torch.optim`` optimisers: the loop everybody writes."""
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        rates: Sequence[float],
+        schedules: Sequence[Recondition | None],
+        data: Data,
+        rule: Rule,
+    ) -> None:
+        device = data.inputs.device
+        self.model = copy.deepcopy(models[0]).to(device).train()
+        self.optimizers = rule.torch(self.model, float(rates[0]), data.inputs[:2])
+        self.bench = _Bench(self.model, self.optimizers, data)
+        self.schedule, self.data = schedules[0], data
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.alive = torch.ones(1, dtype=torch.bool, device=device)
+        self.seconds = torch.zeros(1, dtype=torch.float64)
+        self.steps = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.index)
+
+    def epoch_(self, epoch: int, batches: _Batches) -> tuple[Tensor, Tensor]:
+        """One pass over the data: mean loss and accuracy, each (1,)."""
+        self.seconds = torch.zeros(1, dtype=torch.float64)
+        self._recondition_("epoch", epoch)
+        self.model.train()
+        loss = accuracy = torch.zeros((), dtype=self.data.inputs.dtype, device=self.index.device)
+        steps = 0
+        for xs, ys in batches.epoch(self.index):
+            self._recondition_("step", self.steps)
+            value, correct = self.step_(xs[0], None if ys is None else ys[0])
+            if not math.isfinite(value.item()):
+                self.alive = torch.zeros_like(self.alive)
+                break
+            loss, accuracy, steps = loss + value, accuracy + correct, steps + 1
+        return (loss / max(steps, 1))[None], (accuracy / max(steps, 1))[None]
+
+    def step_(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One step; its loss and its share of correct answers."""
+        self.model.zero_grad()
+        value, correct = _score(self.data.kind, self.model(x), x, y)
+        value.backward()
+        for each in self.optimizers:
+            each.step()
+        self.steps += 1
+        return value.detach(), correct
+
+    def _recondition_(self, unit: str, count: int) -> None:
+        if self.schedule is not None and self.schedule.due(unit, count):
+            self.seconds[0] += self.bench.condition_(self.schedule)
+
+    @torch.no_grad()
+    def evaluate(self, test: Data) -> tuple[Tensor, Tensor]:
+        """Mean loss and accuracy on the test set in eval mode, each (1,)."""
+        self.model.eval()
+        loss = accuracy = torch.zeros((), device=self.index.device)
+        for x, y in _in_order(test):
+            value, correct = _score(test.kind, self.model(x), x, y)
+            loss, accuracy = loss + value * len(x), accuracy + correct * len(x)
+        return (loss / len(test.inputs))[None], (accuracy / len(test.inputs))[None]
+
+    def drop_diverged_(self) -> None:
+        """No run is left if this one has diverged."""
+        self.index, self.alive = self.index[self.alive], self.alive[self.alive]
+
+
+def _in_order(data: Data) -> Iterator[tuple[Tensor, Tensor | None]]:
+    targets = data.targets
+    for start in range(0, len(data.inputs), _EVALUATE):
+        part = slice(start, start + _EVALUATE)
+        yield data.inputs[part], None if targets is None else targets[part]
 
 
 class _Batches:
@@ -343,23 +479,29 @@ class _Batches:
         orders = orders.to(index.device)
         which = self.which[index]
         for start in range(0, count - self.size + 1, self.size):
-            chosen = orders[:, start : start + self.size]
+            chosen = orders[:, start : start + self.size][which]
             targets = self.data.targets
-            yield (
-                self.data.inputs[chosen][which],
-                None if targets is None else targets[chosen][which],
-            )
+            yield self.data.inputs[chosen], None if targets is None else targets[chosen]
 
 
-def _score(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scores(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Loss and share of correct answers (0 without classes) of every run, each (R,)."""
     if kind == "reconstruction":
         loss = (out - x).square().flatten(1).mean(1)
         return loss, torch.zeros_like(loss, requires_grad=False)
     assert y is not None
-    loss = cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none")
-    correct = (out.argmax(-1) == y).to(out.dtype).mean(1)
-    return loss.reshape(y.shape).mean(1), correct
+    # Classes in the middle: a softmax over ten neighbours in memory is several times slower.
+    logs = log_softmax(out.mT.contiguous(), dim=1)
+    loss = -logs.gather(1, y[:, None]).flatten(1).mean(1)
+    return loss, (out.detach().argmax(-1) == y).to(out.dtype).mean(1)
+
+
+def _score(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same for one run."""
+    if kind == "reconstruction":
+        return (out - x).square().mean(), torch.zeros((), dtype=out.dtype, device=out.device)
+    assert y is not None
+    return cross_entropy(out, y), (out.detach().argmax(1) == y).to(out.dtype).mean()
 
 
 class _Record:
@@ -373,9 +515,13 @@ class _Record:
         self.accuracy = torch.zeros(shape, dtype=dtype)
         self.test_accuracy = self.accuracy.clone()
         self.conditioning = torch.zeros(shape, dtype=torch.float64)
+        self.conditioned = False
 
-    def add(self, epoch: int, runs: _Runs, loss: Tensor, accuracy: Tensor) -> None:
-        rows, alive = runs.index.cpu(), runs.alive
+    def add(
+        self, first: int, epoch: int, runs: _Stack | _Alone, loss: Tensor, accuracy: Tensor
+    ) -> None:
+        rows, alive = first + runs.index.cpu(), runs.alive
+        self.conditioning[rows, epoch] = runs.seconds
         self.loss[rows, epoch] = torch.where(alive, loss, torch.inf).cpu()
         self.accuracy[rows, epoch] = torch.where(alive, accuracy, 0.0).cpu()
         if self.test is None:
@@ -385,7 +531,7 @@ class _Record:
         self.test_loss[rows, epoch] = torch.where(alive, loss, torch.inf).cpu()
         self.test_accuracy[rows, epoch] = torch.where(alive, accuracy, 0.0).cpu()
 
-    def curves(self, conditioned: bool) -> Curves:
+    def curves(self) -> Curves:
         classes = self.data.kind == "classification"
         tested = self.test is not None
         return Curves(
@@ -393,7 +539,7 @@ class _Record:
             accuracy=self.accuracy if classes else None,
             test_loss=self.test_loss if tested else None,
             test_accuracy=self.test_accuracy if tested and classes else None,
-            conditioning_seconds=self.conditioning if conditioned else None,
+            conditioning_seconds=self.conditioning if self.conditioned else None,
         )
 
 
@@ -427,18 +573,13 @@ def epoch_seconds(
     The median of a few steps times the steps of an epoch: what a user of one network pays, which a
     step of the stacked runs does not show. The model is not changed.
     """
-    twin = copy.deepcopy(model).train()
-    optimizers = optimizer_named(optimizer).torch(list(twin.parameters()), rate)
+    run = _Alone([model], [rate], [None], data, optimizer_named(optimizer))
     batch = min(batch, len(data.inputs))
-    x = data.inputs[None, :batch]
-    y = None if data.targets is None else data.targets[None, :batch]
+    x = data.inputs[:batch]
+    y = None if data.targets is None else data.targets[:batch]
     times = []
     for _ in range(steps + 1):  # the first one warms up
         start = time.perf_counter()
-        twin.zero_grad()
-        loss, _ = _score(data.kind, twin(x[0])[None], x, y)
-        loss.sum().backward()
-        for each in optimizers:
-            each.step()
+        run.step_(x, y)[0].item()
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[steps // 2] * (len(data.inputs) // batch)
