@@ -86,7 +86,9 @@ def test_targets() -> None:
     assert Target("loss", 2.0).reached(curves).tolist() == [2, math.inf]
     assert Target("accuracy", 3.0).reached(curves).tolist() == [1, 1]
     setting = settings_of(_rows())[0]
-    assert default_target(setting) == Target("loss", 3.04)  # 3.035, half-way at rate 1, to three digits
+    assert default_target(setting) == Target(
+        "loss", 3.04
+    )  # 3.035, half-way at rate 1, to three digits
     with pytest.raises(ArgumentError, match="has no accuracy"):
         summarise(_rows(), Target("accuracy", 0.9))
     with pytest.raises(ArgumentError, match="1 cells of mlp:8, made, sgd are missing"):

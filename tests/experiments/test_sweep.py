@@ -126,7 +126,7 @@ def test_processes_give_the_same_rows(tmp_path: Path) -> None:
 def _slow_job(folder: Path, cells: tuple[Cell, ...], place: Place) -> list[dict]:
     """Notes the process it runs in, and the first job outlives its worker's death only by luck."""
     (folder / f"{cells[0].key}-{os.getpid()}").touch()
-    time.sleep(1.0)
+    time.sleep(0.5)
     return run_job(cells, place)
 
 

@@ -217,7 +217,8 @@ def draw_curves(setting: Setting, metric: str = "loss") -> figures.Draw:
         scale = "log" if metric.endswith("loss") else "linear"
         name = metric.replace("_", " ") if metric.startswith("test") else f"training {metric}"
         axes.set(xlabel="epoch", ylabel=name, yscale=scale)
-        axes.legend(frameon=False)
+        _plain_ticks(axes)
+        figures.legend(axes)
 
     return draw
 
@@ -240,10 +241,28 @@ def draw_rates(setting: Setting) -> figures.Draw:
                 label=LABELS.get(name, name),
                 **style,
             )
-        axes.set(xlabel="learning rate", ylabel="final training loss", xscale="log", yscale="log")
-        axes.legend(frameon=False)
+        start = max(float(np.median(r.loss[:, :, 0])) for r in setting.runs.values())
+        top = axes.get_ylim()[1]
+        if np.isfinite(start) and top > 4 * start:  # one run about to diverge would hide the rest
+            axes.set_ylim(top=4 * start)
+        axes.set(xlabel="learning rate", ylabel="final training loss", yscale="log")
+        figures.ticks(axes, setting.rates)
+        _plain_ticks(axes)
+        figures.legend(axes)
 
     return draw
+
+
+def _plain_ticks(axes: Any) -> None:
+    """0.4, not 4 x 10^-1, on a logarithmic axis that spans little."""
+    from matplotlib.ticker import LogFormatter, NullFormatter
+
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log" and high / max(low, 1e-300) < 30:
+        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.8)))
+    elif axes.get_yscale() == "log":
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_speeds(setting: dict[str, Any]) -> figures.Draw:
@@ -263,7 +282,7 @@ def draw_speeds(setting: dict[str, Any]) -> figures.Draw:
         axes.axvline(1, color="#555", linewidth=1)
         axes.set_yticks(range(len(shown)), [n for n, _, _ in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
-        axes.set(xlabel="baseline's epochs to the target / the method's")
+        axes.set(xlabel="ratio of epochs, baseline / method")
 
     return draw
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -231,12 +232,13 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} can't be read: {error}. Fetch the file again.") from error
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise DataError(f"{path} is not an IDX file of bytes. Fetch the file again.")
     axes = content[3]
-    shape = tuple(int(n) for n in np.frombuffer(content[4 : 4 + 4 * axes], ">u4"))
+    lengths = content[4 : 4 + 4 * axes]
+    shape = tuple(int(n) for n in np.frombuffer(lengths, ">u4", len(lengths) // 4))
     entries = np.frombuffer(content, np.uint8, offset=min(4 + 4 * axes, len(content)))
     if len(shape) != axes or entries.size != math.prod(shape):
         raise DataError(

@@ -15,9 +15,12 @@ from typing import Any
 from pathlift.errors import MissingDependencyError
 
 # Okabe and Ito's palette: told apart by the colour-blind. Dashes help in print.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-DASHES = ("-", "-", "--", "-.", ":", "--", "-.", ":")
-MARKERS = "osD^vPX*"
+COLOURS = (
+    *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"),
+    *("#56B4E9", "#000000", "#7F7F7F", "#8C510A"),
+)
+DASHES = ("-", "-", "--", "-.", ":", "--", "-.", ":", "-")
+MARKERS = "osD^vPX*<"
 SIZE = (4.8, 3.7)  # inches
 
 Draw = Callable[[Any], None]
@@ -26,7 +29,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto;
   padding: 0 1rem; color: #1a1a1a; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; line-height: 1.25; }
-img { width: 100%; max-width: 40rem; height: auto; }
+img { display: block; width: 100%; max-width: 36rem; height: auto; margin: 1rem 0 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { text-align: right; padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd; }
@@ -42,6 +45,25 @@ code { background: #f2f2f2; padding: 0.1em 0.3em; overflow-wrap: anywhere; }
 def line(index: int) -> dict[str, Any]:
     """Colour and dashes of the curve of this number."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
+
+
+def legend(axes: Any) -> None:
+    """Below the axes where it would hide the curves."""
+    count = len(axes.get_legend_handles_labels()[1])
+    if count > 3:
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    elif count:
+        axes.legend(frameon=False)
+
+
+def ticks(axes: Any, values: Sequence[float]) -> None:
+    """Mark the values themselves on a logarithmic axis, as many as fit side by side."""
+    kept = list(values)
+    while len(kept) > 6:
+        kept = kept[::2]
+    axes.set_xscale("log")
+    axes.set_xticks(kept, [f"{v:g}" for v in kept])
+    axes.set_xticks([], minor=True)
 
 
 def figure(draw: Draw, size: tuple[float, float] = SIZE) -> Any:

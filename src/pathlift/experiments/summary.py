@@ -350,9 +350,9 @@ def table_rows(found: dict[str, Any], labels: dict[str, str]) -> Iterable[tuple[
             labels.get(name, name),
             number(e["imbalance"]),
             f"{e['best_rate']:g}{edge}",
-            number(e["final_loss"]),
+            number(e["final_loss"]) if math.isfinite(e["final_loss"]) else "diverged",
             ""
-            if first
+            if first or not math.isfinite(e["final_loss_difference"])
             else f"{e['final_loss_difference']:+.2g} {span(e['final_loss_interval'], signed=True)}",
             number(test),
             number(e["epochs_to_target"]),
