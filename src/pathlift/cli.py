@@ -1,4 +1,4 @@
-"""The command line: ``pathlift inspect | condition | norms | demo``."""
+"""The command line: ``pathlift inspect | condition | norms | demo …``."""
 
 from __future__ import annotations
 
@@ -96,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("demo", _demo, "Condition, verify and train on embedded data; write a page.")
     sub.add_argument("--output", type=Path, default=Path("demo-output"))
     sub.add_argument("--quick", action="store_true", help="fewer seeds and epochs")
+    from pathlift.experiments import compare, reproduce
+
+    about = "Train every (method, architecture, data, optimiser, rate, seed); write a page."
+    compare.add_arguments(command("compare", lambda a: compare.run(a, _progress), about))
+    about = "Reproduce the paper's experiments: figures, tables and what they say."
+    reproduce.add_arguments(command("reproduce", lambda a: reproduce.main(a, _progress), about))
     return parser
 
 

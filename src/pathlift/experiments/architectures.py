@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from pathlift.errors import ArgumentError
+from pathlift.experiments.data import Data
 
-def mlp(widths: Sequence[int]) -> nn.Sequential:
+
+def mlp(widths: Sequence[int], batch_norm: bool = False) -> nn.Sequential:
     """Fully connected ReLU network: ``(N, widths[0]) -> (N, widths[-1])``."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    for fan_in, fan_out in zip(widths[:-2], widths[1:-1], strict=True):
+        layers.append(nn.Linear(fan_in, fan_out))
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(fan_out))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
 def autoencoder(widths: Sequence[int] = (64, 128, 32, 8, 32, 128, 64)) -> nn.Sequential:
@@ -68,3 +75,133 @@ def randomise_norms_(model: nn.Module, seed: int = 0) -> None:
                 module.running_var.uniform_(0.5, 2, generator=generator)
                 module.weight.uniform_(0.5, 2, generator=generator)
                 module.bias.normal_(0, 0.3, generator=generator)
+
+
+class _Global(nn.Module):
+    """(N, C, H, W) -> (N, C), the mean over positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def fully_convolutional(
+    num_classes: int = 10, in_channels: int = 3, width: int = 128, batch_norm: bool = False
+) -> nn.Sequential:
+    """Nine convolutions without a linear layer, after Gitman and Ginsburg (arXiv 1709.08145).
+
+    Three of ``width`` channels, three of ``2 width``, then ``5/2 width`` twice and the classes,
+    averaged over positions; all 3x3 but the last two, which are 1x1; the last of each group of
+    three halves the resolution. With width 128: 3x128, 3x256, 320, 320, 10 channels.
+    """
+    last = width * 5 // 2
+    channels = [width] * 3 + [2 * width] * 3 + [last, last]
+    layers: list[nn.Module] = []
+    fan_in = in_channels
+    for k, fan_out in enumerate(channels):
+        kernel = 3 if k < 7 else 1
+        layers.append(nn.Conv2d(fan_in, fan_out, kernel, 2 if k in (2, 5) else 1, kernel // 2))
+        if batch_norm:
+            layers.append(nn.BatchNorm2d(fan_out))
+        layers.append(nn.ReLU())
+        fan_in = fan_out
+    return nn.Sequential(*layers, nn.Conv2d(fan_in, num_classes, 1), _Global())
+
+
+INITIALIZATIONS = ("pytorch", "kaiming-normal")
+
+
+def build(
+    name: str,
+    data: Data,
+    *,
+    batch_norm: bool = False,
+    initialization: str = "pytorch",
+    seed: int = 0,
+) -> nn.Module:
+    """The network of a name for a data set.
+
+    Args:
+        name: ``"mlp:64-32"`` (hidden widths), ``"autoencoder:128-32-8"`` (widths down to the code,
+            mirrored), ``"convolutional:128"`` or ``"resnet18:64"`` (width of the first layers).
+            Inputs are flattened for the first two, and made square one-channel images of for the
+            others where they are flat.
+        data: gives the sizes of inputs and outputs.
+        batch_norm: put batch norm in front of every hidden ReLU (ResNet-18 has it anyway).
+        initialization: ``"pytorch"`` (the modules' own) or ``"kaiming-normal"`` (weights of
+            variance 2 / fan_in, biases 0).
+        seed: of torch's generator, before the network is made.
+
+    Raises:
+        ArgumentError: an unknown name or initialisation, or data the network can't take.
+    """
+    kind, _, widths = name.partition(":")
+    try:
+        sizes = [int(w) for w in widths.split("-")]
+    except ValueError:
+        sizes = [0]
+    wrong = kind not in _KINDS or min(sizes) < 1 or (kind in _IMAGE_KINDS and len(sizes) != 1)
+    if wrong:
+        raise ArgumentError(
+            f"architecture {name!r} is unknown. Supported: mlp:64-32 (hidden widths), "
+            f"autoencoder:128-32-8 (widths down to the code), convolutional:16, resnet18:8 (width)."
+        )
+    if initialization not in INITIALIZATIONS:
+        raise ArgumentError(
+            f"initialization {initialization!r} is unknown. Supported: "
+            f"{', '.join(map(repr, INITIALIZATIONS))}."
+        )
+    if (kind == "autoencoder") != (data.kind == "reconstruction"):
+        raise ArgumentError(
+            f"architecture {name!r} does not fit data {data.name!r}, whose task is {data.kind}: "
+            f"an autoencoder reconstructs, the others classify."
+        )
+    torch.manual_seed(seed)
+    shape = tuple(data.inputs.shape[1:])
+    model = _image_network if kind in _IMAGE_KINDS else _flat_network
+    network = model(kind, sizes, shape, data, batch_norm)
+    if initialization == "kaiming-normal":
+        kaiming_normal_(network)
+    return network
+
+
+_IMAGE_KINDS = ("convolutional", "resnet18")
+_KINDS = ("mlp", "autoencoder", *_IMAGE_KINDS)
+
+
+def _flat_network(
+    kind: str, sizes: list[int], shape: tuple[int, ...], data: Data, batch_norm: bool
+) -> nn.Module:
+    features = math.prod(shape)
+    widths = [features, *sizes, data.classes]
+    if kind == "autoencoder":
+        widths = [features, *sizes, *sizes[-2::-1], features]
+    network = mlp(widths, batch_norm)
+    return network if len(shape) == 1 else nn.Sequential(nn.Flatten(), *network)
+
+
+def _image_network(
+    kind: str, sizes: list[int], shape: tuple[int, ...], data: Data, batch_norm: bool
+) -> nn.Module:
+    front: list[nn.Module] = []
+    if len(shape) == 1:
+        side = math.isqrt(shape[0])
+        if side * side != shape[0]:
+            raise ArgumentError(
+                f"data {data.name!r} has {shape[0]} features, which is no square image. Use an "
+                f"mlp or an autoencoder."
+            )
+        front, shape = [nn.Unflatten(1, (1, side, side))], (1, side, side)
+    if kind == "resnet18":
+        network = resnet18(data.classes, shape[0], sizes[0])
+    else:
+        network = fully_convolutional(data.classes, shape[0], sizes[0], batch_norm)
+    return nn.Sequential(*front, *network)
+
+
+def kaiming_normal_(model: nn.Module) -> None:
+    """Weights of variance 2 / fan_in, biases 0, from torch's generator."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,11 +1,105 @@
-"""Data that needs no download."""
+"""Data sets: some come with scikit-learn, the others are read from files in their usual formats.
+
+Nothing is downloaded unless ``download=True`` says so.
+"""
 
 from __future__ import annotations
 
+import gzip
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pathlift.errors import MissingDependencyError
+from pathlift.errors import ArgumentError, PathliftError
+from pathlift.experiments.optional import need
+
+Arrays = tuple[NDArray[Any], NDArray[Any]]
+SPLITS = ("train", "test", "all")
+_HELD_OUT = 5  # of the sets without a test set of their own, one sample in five is held out
+_PATCH = 8
+
+
+class DataError(PathliftError):
+    """A data set is not there, or its files are not what their names say."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples and what to learn from them.
+
+    Attributes:
+        name: of the set.
+        inputs: (N, *shape), floating point, about zero mean and unit mean square.
+        targets: (N,) int64 classes, or None: the inputs are to be reconstructed.
+        classes: number of classes; 0 for reconstruction.
+    """
+
+    name: str
+    inputs: Tensor
+    targets: Tensor | None
+    classes: int = 0
+
+    @property
+    def kind(self) -> str:
+        """``"classification"`` or ``"reconstruction"``."""
+        return "reconstruction" if self.targets is None else "classification"
+
+    def reconstruction(self) -> Data:
+        """The same inputs, flat and without their classes: (N, features)."""
+        return Data(self.name, self.inputs.flatten(1), None)
+
+    def to(self, device: torch.device | str) -> Data:
+        """The same on a device."""
+        targets = None if self.targets is None else self.targets.to(device)
+        return replace(self, inputs=self.inputs.to(device), targets=targets)
+
+    def first(self, count: int | None) -> Data:
+        """The first samples; None: all."""
+        targets = None if self.targets is None else self.targets[:count]
+        return replace(self, inputs=self.inputs[:count], targets=targets)
+
+
+def load(
+    name: str, root: Path | str | None = None, *, split: str = "train", download: bool = False
+) -> Data:
+    """A data set by name.
+
+    Args:
+        name: ``"two-moons"`` (inputs (N, 2)), ``"digits"`` (N, 64) and ``"photographs"`` (grey 8x8
+            patches, (N, 64), reconstruction) need no files; ``"mnist"`` and ``"fashion-mnist"``
+            (N, 1, 28, 28) are read from IDX files, gzipped or not, and ``"cifar10"``
+            (N, 3, 32, 32) from the binary version or a ``cifar10.npz`` (``x_train``, ``y_train``,
+            ``x_test``, ``y_test``).
+        root: folder with the files, or with a folder that has them.
+        split: ``"train"``, ``"test"`` or ``"all"``, both. Sets without a test set hold out one
+            sample in five.
+        download: without files, fetch from OpenML through scikit-learn, whose cache goes to
+            ``root``; a copy already there needs no network.
+
+    Raises:
+        ArgumentError: an unknown name or split.
+        DataError: the files are missing, damaged or can't be downloaded.
+        MissingDependencyError: scikit-learn is needed and not installed.
+    """
+    if split not in SPLITS:
+        raise ArgumentError(f"split must be 'train', 'test' or 'all'; found {split!r}.")
+    if name in _EMBEDDED:
+        return _held_out(_EMBEDDED[name](), split)
+    if name not in _FILES:
+        known = ", ".join(map(repr, DATA_SETS))
+        raise ArgumentError(f"data {name!r} is unknown. Supported: {known}.")
+    parts = ("train", "test") if split == "all" else (split,)
+    found = [_images(name, root, part, download) for part in parts]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return _normalised(name, images, labels)
 
 
 def digits() -> Tensor:
@@ -14,12 +108,213 @@ def digits() -> Tensor:
     Each pixel has its mean taken out, and all are divided by one number such that the mean square
     is 1: a squared error is then the share of the variance left unexplained.
     """
+    return _standardised(_sklearn("the digits data").load_digits().data)
+
+
+def _sklearn(purpose: str) -> Any:
+    return need("sklearn.datasets", purpose, "scikit-learn")
+
+
+def _standardised(values: NDArray[Any]) -> Tensor:
+    """Means of the columns taken out, all divided by one number: mean square 1."""
+    found = torch.tensor(values, dtype=torch.float32)
+    found = found - found.mean(0)
+    return found / found.square().mean().sqrt()
+
+
+def _digits() -> Data:
+    targets = _sklearn("the digits data").load_digits().target
+    return Data("digits", digits(), torch.tensor(targets, dtype=torch.int64), 10)
+
+
+def _two_moons() -> Data:
+    points, labels = _sklearn("the two-moons data").make_moons(2000, noise=0.1, random_state=0)
+    return Data("two-moons", _standardised(points), torch.tensor(labels, dtype=torch.int64), 2)
+
+
+def _photographs() -> Data:
+    """Grey 8x8 patches of the two photographs of scikit-learn, side by side, (8480, 64)."""
+    found = []
+    for image in _sklearn("the photographs").load_sample_images().images:
+        grey = torch.tensor(image, dtype=torch.float32).mean(-1)
+        patches = grey.unfold(0, _PATCH, _PATCH).unfold(1, _PATCH, _PATCH)
+        found.append(patches.reshape(-1, _PATCH * _PATCH))
+    return Data("photographs", _standardised(torch.cat(found).numpy()), None)
+
+
+def _held_out(data: Data, split: str) -> Data:
+    """Four fifths or the other fifth, by a shuffle that is always the same; or all, unshuffled."""
+    if split == "all":
+        return data
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(data.inputs), generator=generator)
+    cut = len(order) // _HELD_OUT
+    chosen = order[:cut] if split == "test" else order[cut:]
+    targets = None if data.targets is None else data.targets[chosen]
+    return replace(data, inputs=data.inputs[chosen], targets=targets)
+
+
+# The training set's mean and standard deviation per channel, on a scale from 0 to 1.
+_FILES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion-mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+_EMBEDDED: dict[str, Callable[[], Data]] = {
+    "two-moons": _two_moons,
+    "digits": _digits,
+    "photographs": _photographs,
+}
+DATA_SETS = (*_EMBEDDED, *_FILES)
+_FOLDERS = {
+    "mnist": ("mnist", "MNIST/raw", "MNIST"),
+    "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "FashionMNIST"),
+    "cifar10": ("cifar10", "cifar-10-batches-bin", "cifar-10"),
+}
+_OPENML = {"mnist": "mnist_784", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR_10"}
+_TRAIN_SIZE = {"mnist": 60_000, "fashion-mnist": 60_000, "cifar10": 50_000}
+
+
+def _normalised(name: str, images: NDArray[Any], labels: NDArray[Any]) -> Data:
+    mean, deviation = (torch.tensor(v).reshape(-1, 1, 1) for v in _FILES[name])
+    inputs = (torch.tensor(images, dtype=torch.float32) / 255 - mean) / deviation
+    return Data(name, inputs, torch.tensor(labels, dtype=torch.int64), 10)
+
+
+def _images(name: str, root: Path | str | None, split: str, download: bool) -> Arrays:
+    """Bytes (N, channels, height, width) and labels (N,)."""
+    folders = [Path(root) / part for part in ("", *_FOLDERS[name])] if root is not None else []
+    read = _cifar10 if name == "cifar10" else _idx_pair
+    for folder in folders:
+        found = read(folder, split)
+        if found is not None:
+            return found
+    if download:
+        return _openml(name, root, split)
+    where = f"there is none in {Path(root).resolve()}" if root is not None else "root is None"
+    files = (
+        "data_batch_1.bin to data_batch_5.bin and test_batch.bin (the binary version), or in "
+        "cifar10.npz"
+        if name == "cifar10"
+        else "train-images-idx3-ubyte, train-labels-idx1-ubyte and the two of t10k, gzipped or not"
+    )
+    raise DataError(
+        f"{name} is read from files, and {where}. Put {files}, there, or pass download=True "
+        f"where OpenML can be reached."
+    )
+
+
+def _idx_pair(folder: Path, split: str) -> Arrays | None:
+    """MNIST's four files; None if they are not in this folder."""
+    prefix = "train" if split == "train" else "t10k"
+    found = []
+    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        # torchvision and some mirrors write a dot where the original has a hyphen.
+        stems = (f"{prefix}-{kind}", f"{prefix}-{kind.replace('-idx', '.idx')}")
+        paths = [folder / f"{stem}{end}" for stem in stems for end in ("", ".gz")]
+        path = next((p for p in paths if p.is_file()), None)
+        if path is None:
+            return None
+        found.append(read_idx(path))
+    images, labels = found
+    _check_pair(folder, images, labels, (28, 28))
+    return images[:, None], labels
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """An IDX file of bytes, gzipped if its name ends in ``.gz``.
+
+    Format: two zero bytes, the type (8: unsigned byte), the number of axes, their lengths as
+    big-endian 32-bit integers, the entries.
+
+    Raises:
+        DataError: the file is not of this format, or is cut short.
+    """
     try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the digits data comes with scikit-learn. Run: pip install 'pathlift[demo]'."
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} can't be read: {error}. Fetch the file again.") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise DataError(f"{path} is not an IDX file of bytes. Fetch the file again.")
+    axes = content[3]
+    lengths = content[4 : 4 + 4 * axes]
+    shape = tuple(int(n) for n in np.frombuffer(lengths, ">u4", len(lengths) // 4))
+    entries = np.frombuffer(content, np.uint8, offset=min(4 + 4 * axes, len(content)))
+    if len(shape) != axes or entries.size != math.prod(shape):
+        raise DataError(
+            f"{path} is cut short or damaged: its header says shape {shape}, and {entries.size} "
+            f"bytes follow. Fetch the file again."
+        )
+    return entries.reshape(shape)
+
+
+def _cifar10(folder: Path, split: str) -> Arrays | None:
+    """The binary version or an .npz; None if neither is in this folder."""
+    archive = folder / "cifar10.npz"
+    if archive.is_file():
+        return _cifar10_npz(archive, split)
+    if split == "test":
+        paths = [folder / "test_batch.bin"]
+    else:
+        paths = sorted(folder.glob("data_batch_*.bin"))
+    paths = [p for p in paths if p.is_file()]
+    if not paths:
+        return None
+    records = np.concatenate([_cifar10_records(p) for p in paths])
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+
+
+def _cifar10_records(path: Path) -> NDArray[np.uint8]:
+    """Rows of one label and 3 x 32 x 32 pixels."""
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    width = 1 + 3 * 32 * 32
+    if content.size == 0 or content.size % width:
+        raise DataError(
+            f"{path} has {content.size} bytes, which is not a multiple of {width}: it is cut "
+            f"short, or not CIFAR-10's binary version. Fetch the file again."
+        )
+    return content.reshape(-1, width)
+
+
+def _cifar10_npz(path: Path, split: str) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images, labels = archive[f"x_{split}"], archive[f"y_{split}"].reshape(-1)
+    except (KeyError, ValueError, OSError) as error:
+        raise DataError(
+            f"{path} needs plain arrays x_train, y_train, x_test and y_test: {error}."
         ) from error
-    pixels = torch.tensor(load_digits().data, dtype=torch.float32)
-    centred = pixels - pixels.mean(0)
-    return centred / centred.square().mean().sqrt()
+    if images.ndim == 2:
+        images = images.reshape(-1, 3, 32, 32)
+    elif images.ndim == 4 and images.shape[-1] == 3:
+        images = images.transpose(0, 3, 1, 2)
+    _check_pair(path, images, labels, (3, 32, 32))
+    return np.ascontiguousarray(images), labels
+
+
+def _check_pair(
+    path: Path, images: NDArray[Any], labels: NDArray[Any], shape: tuple[int, ...]
+) -> None:
+    if images.shape[1:] != shape or labels.shape != (len(images),):
+        raise DataError(
+            f"{path}: images must have shape (N, {', '.join(map(str, shape))}) and labels (N,); "
+            f"found {images.shape} and {labels.shape}."
+        )
+
+
+def _openml(name: str, root: Path | str | None, split: str) -> Arrays:
+    fetch = _sklearn(f"downloading {name}").fetch_openml
+    home = None if root is None else str(root)
+    try:
+        found = fetch(_OPENML[name], version=1, as_frame=False, parser="liac-arff", data_home=home)
+    except OSError as error:  # URLError, HTTPError, timeouts
+        raise DataError(
+            f"{name} can't be downloaded from OpenML: {error}. Copy the files here by other "
+            f"means and pass their folder as root."
+        ) from error
+    shape = (3, 32, 32) if name == "cifar10" else (1, 28, 28)
+    images = np.asarray(found.data, dtype=np.uint8).reshape(-1, *shape)
+    labels = np.asarray(found.target).astype(np.int64)
+    cut = _TRAIN_SIZE[name]
+    part = slice(None, cut) if split == "train" else slice(cut, None)
+    return images[part], labels[part]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import html
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pathlift
-from pathlift.errors import MissingDependencyError
+from pathlift.experiments import figures
 from pathlift.experiments.architectures import autoencoder, randomise_norms_, resnet18
 from pathlift.experiments.data import digits
 from pathlift.experiments.training import Curves, train_autoencoders
@@ -139,27 +137,6 @@ def _count(epochs: float) -> str:
     return f"{epochs:g}" if np.isfinite(epochs) else "not reached"
 
 
-def _figure(draw: Callable[[Any], None], alt: str) -> str:
-    """A matplotlib figure as inline SVG-in-base64, so that the page is one file."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the demo's plots need matplotlib. Run: pip install 'pathlift[demo]'."
-        ) from error
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    draw(axes)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(alt)}">'
-
-
 def _page(table: list[Any], comparison: Comparison, verdict: str, quick: bool) -> str:
     epochs = np.arange(1, comparison.loss.shape[-1] + 1)
 
@@ -204,22 +181,7 @@ def _page(table: list[Any], comparison: Comparison, verdict: str, quick: bool) -
         rows += f"<tr><td>{rate:g}<td>" + "<td>".join([cells[0], cells[2], cells[1], cells[3]])
     seeds = comparison.loss.shape[2]
     command = "pathlift demo" + (" --quick" if quick else "")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>pathlift: same function, better start</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto;
-  padding: 0 1rem; color: #1a1a1a; }}
-h1 {{ line-height: 1.2; }} img {{ width: 100%; height: auto; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }}
-th, td {{ text-align: right; padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; }}
-code {{ background: #f2f2f2; padding: 0.1em 0.3em; }}
-@media print {{ body {{ margin: 0; max-width: none; }} img {{ max-width: 14cm; }} }}
-</style></head><body>
-<h1>Same function, better start</h1>
+    body = f"""<h1>Same function, better start</h1>
 <p>pathlift rescales the weights of a ReLU network by powers of two. The outputs keep every bit;
 the path kernel moves towards a multiple of the identity. <em>Imbalance</em> is
 log(arithmetic mean / geometric mean) of its diagonal, per parameter: 0 is perfect balance.</p>
@@ -230,13 +192,12 @@ log(arithmetic mean / geometric mean) of its diagonal, per parameter: 0 is perfe
 <p>Digits autoencoder 64-128-32-8-32-128-64, PyTorch's default initialisation, SGD without
 momentum, batch 128, {len(epochs)} epochs, {seeds} paired seeds. The loss is the mean squared
 error over the data's variance, averaged over the batches of an epoch.</p>
-{_figure(curves, "Training loss against epochs, each method at its own best learning rate")}
+{figures.embed(curves, "Training loss against epochs, each method at its own best learning rate")}
 <p>Each method at its own best rate: median over seeds, band from lowest to highest.</p>
-{_figure(sensitivity, "Final training loss against learning rate for both methods")}
+{figures.embed(sensitivity, "Final training loss against learning rate for both methods")}
 <p>Final loss against the learning rate: dots are seeds, lines their mean; rates at which a run
 diverged are left out of the line.</p>
 <div class="wide"><table><tr><th>rate<th>final loss, baseline<th>conditioned
 <th>epochs to {TARGET:g}, baseline<th>conditioned</tr>{rows}</table></div>
-<p>Made by <code>{command}</code>, pathlift {pathlift.__version__}.</p>
-</body></html>
-"""
+<p>Made by <code>{command}</code>, pathlift {pathlift.__version__}.</p>"""
+    return figures.page("pathlift: same function, better start", body)

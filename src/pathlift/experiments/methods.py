@@ -1,0 +1,128 @@
+"""What is done to a network before and during training, by name."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+import pathlift
+from pathlift.criteria import Criterion, fisher
+from pathlift.errors import ArgumentError, UnsupportedOperationError
+from pathlift.experiments.architectures import mlp
+from pathlift.experiments.data import Data
+from pathlift.experiments.training import Recondition
+
+_FISHER_SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to start and to train a network.
+
+    Attributes:
+        label: a few words for tables and legends.
+        criterion: of :func:`pathlift.condition_` before the first step; None: nothing is done.
+        exact: powers of two only (``condition_``'s ``exact``).
+        unit: ``"epoch"`` or ``"step"``: conditions again every so many of them; None: never.
+        batch_norm: put batch norm in front of every hidden ReLU.
+        optimizer: trains with this one in place of the comparison's; only beside ``"sgd"``.
+    """
+
+    label: str
+    criterion: str | None = None
+    exact: bool = True
+    unit: str | None = None
+    batch_norm: bool = False
+    optimizer: str | None = None
+
+    def schedule(self, every: int) -> Recondition | None:
+        """What happens during training; ``every`` counts epochs, a step schedule takes all."""
+        if self.unit is None:
+            return None
+        keywords: Mapping[str, Any] = {"criterion": self.criterion, "exact": self.exact}
+        return Recondition(every if self.unit == "epoch" else 1, self.unit, keywords)
+
+
+METHODS: dict[str, Method] = {
+    "baseline": Method("baseline"),
+    "path": Method("path-conditioned", "path-kernel"),
+    "path-schedule": Method("path-conditioned, schedule", "path-kernel", unit="epoch"),
+    "enorm": Method("ENorm at the start", "weight-norm"),
+    "enorm-step": Method("ENorm every step", "weight-norm", exact=False, unit="step"),
+    "range": Method("equal ranges", "range"),
+    "fisher": Method("Fisher", "fisher"),
+    "batch-norm": Method("batch norm", batch_norm=True),
+    "path-sgd": Method("Path-SGD", optimizer="path-sgd"),
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A network before its first step.
+
+    Attributes:
+        model: conditioned, if the method does so.
+        seconds: spent on conditioning, capture included.
+        imbalance: of the path kernel's diagonal, per parameter; NaN where paths are not defined.
+    """
+
+    model: nn.Module
+    seconds: float
+    imbalance: float
+    log2_scales: Tensor | None = field(default=None, repr=False)
+
+
+def method_named(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        ArgumentError: an unknown name; the message lists the known ones.
+    """
+    if name not in METHODS:
+        known = ", ".join(map(repr, METHODS))
+        raise ArgumentError(f"method {name!r} is unknown. Supported: {known}.")
+    return METHODS[name]
+
+
+def start(method: Method, model: nn.Module, data: Data) -> Start:
+    """Condition ``model`` in place as the method does before training."""
+    example = data.inputs[:2]
+    seconds, scales = 0.0, None
+    if method.criterion is not None:
+        warm_up()
+        begin = time.perf_counter()
+        criterion: str | Criterion = method.criterion
+        if criterion == "fisher":
+            criterion = fisher(model, [_pairs(data.first(_FISHER_SAMPLES))], loss_of(data))
+        report = pathlift.condition_(
+            model, example, criterion=criterion, exact=method.exact, verify=False
+        )
+        seconds, scales = time.perf_counter() - begin, report.log2_scales
+    try:
+        imbalance = pathlift.imbalance(pathlift.path_kernel_diagonal(model, example))
+    except UnsupportedOperationError:
+        imbalance = float("nan")
+    return Start(model, seconds, imbalance, scales)
+
+
+def loss_of(data: Data) -> Callable[[Any, Any], Tensor]:
+    """The training loss of the data's task."""
+    return mse_loss if data.kind == "reconstruction" else cross_entropy
+
+
+def _pairs(data: Data) -> tuple[Tensor, Tensor]:
+    return data.inputs, data.inputs if data.targets is None else data.targets
+
+
+@functools.cache
+def warm_up() -> None:
+    """Import and compile what a process's first capture does, which is no cost of the method."""
+    with torch.random.fork_rng(devices=[]):
+        pathlift.condition_(mlp((2, 2, 2)), torch.zeros(2, 2))

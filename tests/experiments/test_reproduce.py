@@ -1,0 +1,122 @@
+"""Experiments write what they say; every cell of theirs can be built."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pathlift.cli import main
+from pathlift.experiments import reproduce
+from pathlift.experiments.architectures import build
+from pathlift.experiments.data import Data
+from pathlift.experiments.reproduce import EXPERIMENTS, Run, write, write_index
+from pathlift.experiments.sweep import Place
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("matplotlib")
+SHAPES = {
+    "two-moons": ((2,), 2),
+    "digits": ((64,), 10),
+    "cifar10": ((3, 32, 32), 10),
+    "mnist": ((1, 28, 28), 10),
+}
+TRAINING = [name for name in EXPERIMENTS if name not in ("scales", "cost")]
+
+
+def _tiny(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experiment as it is, with two architectures, two seeds and two epochs."""
+    experiment = EXPERIMENTS[name]
+
+    def studies(small: bool) -> dict[str, reproduce.Study]:
+        found = {}
+        for suffix, study in experiment.studies(small).items():
+            family = dict(sorted(study.family.items())[-2:])
+            shorter = {
+                **study.grid,
+                "seeds": range(2),
+                "epochs": 2,
+                "samples": 128,
+                "rates": list(study.grid["rates"])[:2],
+                "methods": ("baseline", "path"),
+            }
+            found[suffix] = replace(study, family=family, grid=shorter, shown=max(family))
+        return found
+
+    monkeypatch.setitem(EXPERIMENTS, name, replace(experiment, studies=studies))
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["small", "full"])
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_cell_can_be_built(name: str, small: bool) -> None:
+    for study in EXPERIMENTS[name].studies(small).values():
+        cells = study.cells()
+        assert len({c.key for c in cells}) == len(cells) > 0
+        assert study.shown in study.family
+        assert {c.method for c in cells} >= {"baseline", "path"}
+        largest = max(cells, key=lambda c: (len(c.architecture), c.architecture))
+        if small or largest.architecture != "resnet18:64":
+            shape, classes = SHAPES[largest.data]
+            data = Data(largest.data, torch.zeros(2, *shape), torch.zeros(2).long(), classes)
+            data = data.reconstruction() if largest.architecture.startswith("auto") else data
+            assert (
+                build(largest.architecture, data, batch_norm=largest.norm)(data.inputs).shape[0]
+                == 2
+            )
+
+
+def test_the_seven_experiments_are_there() -> None:
+    assert list(EXPERIMENTS) == [
+        "two-moons",
+        "fully-connected",
+        "fully-convolutional",
+        "resnet",
+        "autoencoder",
+        "scales",
+        "cost",
+    ]
+
+
+@pytest.mark.parametrize("name", ["two-moons", "autoencoder"])
+def test_figures_table_command_and_findings(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _tiny(name, monkeypatch)
+    result = write(name, True, Run(tmp_path, Place(), progress=lambda text: None))
+    for file, _ in result.figures:
+        assert (tmp_path / f"{file}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "<svg" in (tmp_path / f"{file}.svg").read_text()
+    with (tmp_path / f"{name}.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert len(rows) == 1 + 2 * 2 and len({len(r) for r in rows}) == 1
+    text = (tmp_path / f"{name}.md").read_text()
+    assert f"    pathlift reproduce {name} --small\n" in text
+    assert all(f"({file}.png)" in text for file, _ in result.figures)
+    assert text.count("(imbalance ") == len(result.findings) >= 2
+    (tmp_path / "discussion.md").write_text("Our own words.\n")
+    index = write_index(tmp_path).read_text()
+    assert index.index("Our own words.") < index.index(f"## {EXPERIMENTS[name].title}")
+    assert str(tmp_path) not in index
+
+
+def test_scales_match_the_theory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "scales", "--small", "-o", str(tmp_path), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data == {"index": str(tmp_path / "README.md"), "experiments": ["scales"]}
+    with (tmp_path / "scales.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert len(rows) == 18 and head[2:4] == ["rms log2 scale, predicted", "solved"]
+    for row in rows:
+        assert float(row[3]) == pytest.approx(float(row[2]), abs=0.8)
+        assert float(row[5]) <= float(row[4]) + 1e-3
+    widths = [float(r[3]) for r in rows[:9]]
+    assert min(widths[0], widths[8]) > 1.5 * widths[4]
+
+
+def test_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "resnet", "-o", str(tmp_path)]) == 1
+    assert "cifar10 is read from files" in capsys.readouterr().err
