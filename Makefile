@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test zoo bench clean
+.PHONY: demo test zoo bench reproduce clean
 
 demo: .venv/installed
 	$(BIN)/pathlift demo
@@ -20,7 +20,11 @@ zoo: .venv/installed
 	$(BIN)/python tests/zoo/survey.py $(FRESH)
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/conditioning.py
+	$(BIN)/python benchmarks/conditioning.py --json bench.json
+
+# The paper's experiments in their small forms, into docs/reproduced.
+reproduce: .venv/installed
+	$(BIN)/pathlift reproduce all --small -o docs/reproduced
 
 # torch comes first and pinned, so that no dependency draws another build of it; the model zoos and
 # the training frameworks come without dependencies, because theirs would.
