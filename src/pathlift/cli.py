@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pathlift",
         description="Rescale a ReLU network without changing its function.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     def command(name: str, run: Callable[[Any], dict[str, Any]], about: str) -> Any:
         sub = commands.add_parser(name, help=about, description=about)
@@ -96,13 +96,50 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("demo", _demo, "Condition, verify and train on embedded data; write a page.")
     sub.add_argument("--output", type=Path, default=Path("demo-output"))
     sub.add_argument("--quick", action="store_true", help="fewer seeds and epochs")
-    from pathlift.experiments import compare, reproduce
-
     about = "Train every (method, architecture, data, optimiser, rate, seed); write a page."
-    compare.add_arguments(command("compare", lambda a: compare.run(a, _progress), about))
+    command("compare", _compare, about).later = _compare_options
     about = "Reproduce the paper's experiments: figures, tables and what they say."
-    reproduce.add_arguments(command("reproduce", lambda a: reproduce.main(a, _progress), about))
+    command("reproduce", _reproduce, about).later = _reproduce_options
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that may get its options when it is first used.
+
+    What the experiments offer is known to modules that take long to import.
+    """
+
+    later: Callable[[Any], None] | None = None
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        fill, self.later = self.later, None
+        if fill is not None:
+            fill(self)
+        return super().parse_known_args(*args, **kwargs)
+
+
+def _compare_options(parser: Any) -> None:
+    from pathlift.experiments.compare import add_arguments
+
+    add_arguments(parser)
+
+
+def _compare(args: Any) -> dict[str, Any]:
+    from pathlift.experiments.compare import run
+
+    return run(args, _progress)
+
+
+def _reproduce_options(parser: Any) -> None:
+    from pathlift.experiments.reproduce import add_arguments
+
+    add_arguments(parser)
+
+
+def _reproduce(args: Any) -> dict[str, Any]:
+    from pathlift.experiments.reproduce import main as reproduce
+
+    return reproduce(args, _progress)
 
 
 def _progress(text: str) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
-from zoo import test_bits  # noqa: E402  (registers what torchvision needs before its import)
+from zoo.libraries import randomise_  # noqa: E402  (makes torchvision importable, too)
 
 TABLE, DATA = ROOT / "docs" / "zoo.md", ROOT / "docs" / "zoo.json"
 LIMIT = 400  # seconds per model
@@ -148,7 +148,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
         try:
             torch.manual_seed(0)
             model, inputs = attempt()
-            test_bits.randomise_(model)
+            randomise_(model)
             _run(model, inputs, False)
             return model, inputs
         except Exception as error:  # the next size may fit

@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 import pathlift
 from pathlift.capture import tensors_in
-
-# torchvision has no CPU build for this torch; it imports once its two operators have a schema.
-_LIBRARY = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from zoo.libraries import randomise_
 
 models = pytest.importorskip("torchvision.models")
 timm = pytest.importorskip("timm")
@@ -79,21 +75,6 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
             model = timm.create_model(name, **extra)
     randomise_(model)
     return model, torch.randn(2, 3, size, size)
-
-
-def randomise_(model: nn.Module) -> None:
-    """Untouched norms and zero layer scales hide mistakes: give all of them generic values."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(getattr(module, "running_var", None), Tensor):
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2)
-            if "Norm" in type(module).__name__:
-                for parameter in module.parameters(recurse=False):
-                    parameter.uniform_(0.5, 1.5).mul_(torch.sign(torch.randn(parameter.shape)))
-        for name, parameter in model.named_parameters():
-            if "layer_scale" in name or name.endswith("gamma"):
-                parameter.uniform_(0.5, 1.5)
 
 
 def outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
