@@ -154,9 +154,10 @@ def _fully_convolutional(small: bool) -> dict[str, Study]:
         "methods": ("baseline", "path", "enorm"),
         "data": ("digits" if small else "cifar10",),
         "optimizers": ("sgd",),
-        "rates": (0.03, 0.1, 0.3, 1.0) if small else (1e-3, 1e-2, 1e-1),
-        "seeds": range(3),
+        "rates": (0.01, 0.03, 0.1, 0.3) if small else (1e-3, 1e-2, 1e-1),
+        "seeds": range(5 if small else 3),
         "epochs": 20 if small else 128,
+        "initialization": "kaiming-normal",
     }
     family = {4.0: "convolutional:4", 8.0: "convolutional:8"} if small else {}
     family = family or {128.0: "convolutional:128"}
@@ -168,7 +169,7 @@ def _resnet(small: bool) -> dict[str, Study]:
         "methods": ("baseline", "path", "enorm"),
         "data": ("digits" if small else "cifar10",),
         "optimizers": ("sgd",),
-        "rates": (0.03, 0.1, 0.3) if small else (1e-3, 1e-2, 1e-1),
+        "rates": (0.01, 0.03, 0.1, 0.3, 1.0) if small else (1e-3, 1e-2, 1e-1),
         "seeds": range(3),
         "epochs": 8 if small else 128,
     }
@@ -181,7 +182,7 @@ def _autoencoder(small: bool) -> dict[str, Study]:
     if small:
         growing = {
             "data": ("digits",),
-            "rates": (1.0, 3.0),
+            "rates": (0.3, 1.0, 3.0),
             "seeds": range(8),
             "epochs": 40,
         }
@@ -526,8 +527,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "fully-convolutional": Experiment(
         "A fully convolutional network",
         "3 layers of w channels, 3 of 2w, two of 5w/2 and the classes (Gitman and Ginsburg), SGD, "
-        "batch 128, without batch norm. Full: CIFAR-10, w = 128, 128 epochs. Small: digits as 8x8 "
-        "images, w = 4 and 8, 20 epochs. 3 seeds.",
+        "batch 128, Kaiming-normal initialisation, without batch norm. Full: CIFAR-10, w = 128, "
+        "128 epochs, 3 seeds. Small: digits as 8x8 images, w = 4 and 8, 20 epochs, 5 seeds.",
         _train,
         _fully_convolutional,
     ),
@@ -540,8 +541,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "autoencoder": Experiment(
         "Autoencoders of growing compression",
-        "SGD, batch 128, two rates, PyTorch's initialisation. Full: MNIST, 784-512-128-c. Small: "
-        "digits, 64-128-32-c, 40 epochs, 8 seeds. In both, the digits autoencoder with a code of 8 "
+        "SGD, batch 128, PyTorch's initialisation. Full: MNIST, 784-512-128-c, two rates. Small: "
+        "digits, 64-128-32-c, three rates, 40 epochs, 8 seeds. In both, the digits autoencoder with a code of 8 "
         "is also trained for 60 epochs on all samples at rates 0.1 to 10 with 20 seeds.",
         _train,
         _autoencoder,
