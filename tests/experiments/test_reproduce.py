@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib")
 SHAPES = {
     "two-moons": ((2,), 2),
     "digits": ((64,), 10),
+    "digits-pixelwise": ((64,), 10),
     "cifar10": ((3, 32, 32), 10),
     "mnist": ((1, 28, 28), 10),
 }
