@@ -318,8 +318,8 @@ def _section(setting: Setting, found: dict[str, Any]) -> str:
     losses, epochs = [], []
     for k, rate in enumerate(setting.rates):
         entries = [e["equal_rates"][k] for e in found["methods"].values()]
-        losses.append([f"{rate:g}", *(_equal_loss(e, j == 0) for j, e in enumerate(entries))])
-        epochs.append([f"{rate:g}", *(_equal_epochs(e, j == 0) for j, e in enumerate(entries))])
+        losses.append([f"{rate:g}", *(equal_loss(e, j == 0) for j, e in enumerate(entries))])
+        epochs.append([f"{rate:g}", *(equal_epochs(e, j == 0) for j, e in enumerate(entries))])
     speeds = (
         figures.embed(
             draw_speeds(found),
@@ -350,7 +350,8 @@ the line the method is quicker.</p>
 {figures.table(equal_head, epochs)}"""
 
 
-def _equal_loss(entry: dict[str, Any], first: bool) -> str:
+def equal_loss(entry: dict[str, Any], first: bool) -> str:
+    """Final loss at one rate, and the difference to the baseline's."""
     if entry["diverged"]:
         return f"{entry['diverged']} diverged"
     value = number(entry["final_loss"])
@@ -360,7 +361,8 @@ def _equal_loss(entry: dict[str, Any], first: bool) -> str:
     return f"{value} ({gap:+.2g} {span(entry['final_loss_interval'], signed=True)})"
 
 
-def _equal_epochs(entry: dict[str, Any], first: bool) -> str:
+def equal_epochs(entry: dict[str, Any], first: bool) -> str:
+    """Median epochs to the target at one rate, and the baseline's over them."""
     value = number(entry["epochs_to_target"])
     if first or not np.isfinite(entry["epochs_ratio"]) or not entry["epochs_ratio"]:
         return value

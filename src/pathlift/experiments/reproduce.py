@@ -24,7 +24,14 @@ import pathlift
 from pathlift.errors import ArgumentError
 from pathlift.experiments import figures
 from pathlift.experiments.architectures import build
-from pathlift.experiments.compare import LABELS, draw_curves, draw_rates, verdict
+from pathlift.experiments.compare import (
+    LABELS,
+    draw_curves,
+    draw_rates,
+    equal_epochs,
+    equal_loss,
+    verdict,
+)
 from pathlift.experiments.data import Data
 from pathlift.experiments.methods import warm_up
 from pathlift.experiments.store import Store
@@ -265,7 +272,10 @@ def _study(name: str, study: Study, run: Run) -> Result:
     if len(shown.rates) > 1:
         caption = f"Final training loss of {about} against the learning rate; dots are seeds."
         save("rates", draw_rates(shown), caption)
-    return Result(drawn, [_study_table(study, ordered, found)], _findings(ordered, found))
+    tables = [_study_table(study, ordered, found)]
+    if len(shown.rates) > 1:
+        tables.append(_equal_table(study, ordered, found))
+    return Result(drawn, tables, _findings(ordered, found))
 
 
 def _study_table(
@@ -276,6 +286,23 @@ def _study_table(
     for (x, setting), f in zip(ordered, found, strict=True):
         for cells in table_rows(f, LABELS):
             lines.append((f"{x:.3g}", setting.data, f["target"]["text"], *cells))
+    return head, lines
+
+
+def _equal_table(
+    study: Study, ordered: list[tuple[float, Setting]], found: list[dict[str, Any]]
+) -> Table:
+    """Every rate by itself: final loss (difference) and epochs (ratio) of every method."""
+    names = list(found[0]["methods"])
+    labels = [LABELS.get(n, n) for n in names]
+    head = (study.axis, "rate", *(f"loss, {n}" for n in labels), *(f"epochs, {n}" for n in labels))
+    lines: list[Sequence[str]] = []
+    for (x, setting), f in zip(ordered, found, strict=True):
+        for k, rate in enumerate(setting.rates):
+            entries = [f["methods"][n]["equal_rates"][k] for n in names]
+            losses = [equal_loss(e, j == 0) for j, e in enumerate(entries)]
+            epochs = [equal_epochs(e, j == 0) for j, e in enumerate(entries)]
+            lines.append((f"{x:.3g}", f"{rate:g}", *losses, *epochs))
     return head, lines
 
 
@@ -659,4 +686,7 @@ def _csv(table: Table) -> str:
 
 def _markdown(table: Table) -> str:
     lines = [table[0], ["---"] * len(table[0]), *table[1]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    if table[0][1] == "rate":
+        text = f"<details><summary>At equal rates</summary>\n\n{text}\n\n</details>"
+    return text
