@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib")
 SHAPES = {
     "two-moons": ((2,), 2),
     "digits": ((64,), 10),
+    "digits-pixelwise": ((64,), 10),
     "cifar10": ((3, 32, 32), 10),
     "mnist": ((1, 28, 28), 10),
 }
@@ -93,6 +94,9 @@ def test_figures_table_command_and_findings(
     with (tmp_path / f"{name}.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert len(rows) == 1 + 2 * 2 and len({len(r) for r in rows}) == 1
+    with (tmp_path / f"{name}-2.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert len(rows) == 1 + 2 * 2 and rows[0][1] == "rate"  # two architectures, two rates
     text = (tmp_path / f"{name}.md").read_text()
     assert f"    pathlift reproduce {name} --small\n" in text
     assert all(f"({file}.png)" in text for file, _ in result.figures)

@@ -241,7 +241,7 @@ def draw_rates(setting: Setting) -> figures.Draw:
                 label=LABELS.get(name, name),
                 **style,
             )
-        start = max(float(np.median(r.loss[:, :, 0])) for r in setting.runs.values())
+        start = float(np.median(next(iter(setting.runs.values())).loss[:, :, 0]))
         top = axes.get_ylim()[1]
         if np.isfinite(start) and top > 4 * start:  # one run about to diverge would hide the rest
             axes.set_ylim(top=4 * start)
@@ -255,14 +255,18 @@ def draw_rates(setting: Setting) -> figures.Draw:
 
 def _plain_ticks(axes: Any) -> None:
     """0.4, not 4 x 10^-1, on a logarithmic axis that spans little."""
-    from matplotlib.ticker import LogFormatter, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+    if axes.get_yscale() != "log":
+        return
     low, high = axes.get_ylim()
-    if axes.get_yscale() == "log" and high / max(low, 1e-300) < 30:
-        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.8)))
-    elif axes.get_yscale() == "log":
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    decades = range(-12, 12)
+    marks = [m * 10.0**k for k in decades for m in (1, 1.5, 2, 3, 4, 6, 8)]
+    inside = [m for m in marks if low <= m <= high]
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if len(inside) < 9:
+        axes.yaxis.set_major_locator(FixedLocator(inside))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def draw_speeds(setting: dict[str, Any]) -> figures.Draw:
@@ -314,8 +318,8 @@ def _section(setting: Setting, found: dict[str, Any]) -> str:
     losses, epochs = [], []
     for k, rate in enumerate(setting.rates):
         entries = [e["equal_rates"][k] for e in found["methods"].values()]
-        losses.append([f"{rate:g}", *(_equal_loss(e, j == 0) for j, e in enumerate(entries))])
-        epochs.append([f"{rate:g}", *(_equal_epochs(e, j == 0) for j, e in enumerate(entries))])
+        losses.append([f"{rate:g}", *(equal_loss(e, j == 0) for j, e in enumerate(entries))])
+        epochs.append([f"{rate:g}", *(equal_epochs(e, j == 0) for j, e in enumerate(entries))])
     speeds = (
         figures.embed(
             draw_speeds(found),
@@ -346,7 +350,8 @@ the line the method is quicker.</p>
 {figures.table(equal_head, epochs)}"""
 
 
-def _equal_loss(entry: dict[str, Any], first: bool) -> str:
+def equal_loss(entry: dict[str, Any], first: bool) -> str:
+    """Final loss at one rate, and the difference to the baseline's."""
     if entry["diverged"]:
         return f"{entry['diverged']} diverged"
     value = number(entry["final_loss"])
@@ -356,7 +361,8 @@ def _equal_loss(entry: dict[str, Any], first: bool) -> str:
     return f"{value} ({gap:+.2g} {span(entry['final_loss_interval'], signed=True)})"
 
 
-def _equal_epochs(entry: dict[str, Any], first: bool) -> str:
+def equal_epochs(entry: dict[str, Any], first: bool) -> str:
+    """Median epochs to the target at one rate, and the baseline's over them."""
     value = number(entry["epochs_to_target"])
     if first or not np.isfinite(entry["epochs_ratio"]) or not entry["epochs_ratio"]:
         return value
