@@ -164,12 +164,12 @@ def measured(command: list[str]) -> dict[str, Any]:
                 anonymous = max(anonymous, int(fields["RssAnon"].split()[0]) * 1024)
                 resident = max(resident, int(fields["VmHWM"].split()[0]) * 1024)
             time.sleep(0.01)
-        if process.wait():
-            raise SystemExit(f"{command} failed with {process.returncode}")
+        code = process.wait()
         seconds = time.perf_counter() - start
         output.seek(0)
         out = output.read()
-    return {"seconds": seconds, "resident": resident, "anonymous": anonymous, "out": out}
+    peaks = {"resident": resident, "anonymous": anonymous}
+    return {"seconds": seconds, **peaks, "exit_status": code, "out": out}
 
 
 def main() -> None:
@@ -212,13 +212,16 @@ def main() -> None:
         print(f"{key.removesuffix('_bytes').replace('_', ' '):<16} {sizes[key] / 1e6:10,.1f} MB")
     print(f"\n{'':<28}{'resident MB':>12}{'anonymous MB':>14}{'seconds':>9}{'imbalance':>22}")
     for name, row in rows.items():
-        report = json.loads(row.pop("out"))
+        figures = f"{row['resident'] / 1e6:>12,.0f}{row['anonymous'] / 1e6:>14,.0f}"
+        figures += f"{row['seconds']:>9.1f}"
+        out = row.pop("out")
+        if row["exit_status"]:  # such as -9, where the system ran out of memory
+            print(f"{name:<28}{figures}{'ended with ' + str(row['exit_status']):>22}")
+            continue
+        report = json.loads(out)
         row["report"] = {k: v for k, v in report.items() if k != "log2_scales"}
         before, after = report["imbalance_before"], report["imbalance_after"]
-        print(
-            f"{name:<28}{row['resident'] / 1e6:>12,.0f}{row['anonymous'] / 1e6:>14,.0f}"
-            f"{row['seconds']:>9.1f}{before:>13.4f} -> {after:.4f}"
-        )
+        print(f"{name:<28}{figures}{before:>13.4f} -> {after:.4f}")
     if args.json:
         args.json.write_text(json.dumps({"sizes": sizes, "rows": rows}, indent=2))
 

@@ -51,4 +51,5 @@ def _counts(parameter: Tensor, biases: bool) -> bool:
 
 def _size(parameter: Tensor) -> Tensor:
     # float64 throughout: a power of a small float32 underflows. A new tensor in any case.
-    return parameter.detach().cpu().abs().to(torch.float64)
+    size = parameter.detach().to("cpu", torch.float64)
+    return size.abs() if size.data_ptr() == parameter.data_ptr() else size.abs_()

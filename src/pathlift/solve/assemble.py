@@ -124,7 +124,7 @@ class Sums:
         matrix: sums (or maxima) over entries of equal scale, one axis per part; without parts the
             sum of all. float64.
         labels: per part, the distinct tuples of variables and how many indices share them.
-        number: like ``matrix``, how many positive entries; None if all are positive.
+        tallies: per part, how many positive entries stand in each slice of ``matrix``.
     """
 
     numel: int
@@ -133,24 +133,41 @@ class Sums:
     parts: list[Part]
     matrix: Tensor
     labels: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
-    number: Tensor | None
+    tallies: list[Array]
 
 
 def sum_up(spec: ParameterScales, g: Tensor, maxima: bool, counted: bool = True) -> Sums:
     """Sum a parameter's coefficients (or take maxima) over entries of equal scale."""
     positive = int(torch.count_nonzero(g))
     if not positive:
-        return Sums(g.numel(), 0, 0.0, [], torch.zeros((), dtype=torch.float64), [], None)
+        return Sums(g.numel(), 0, 0.0, [], torch.zeros((), dtype=torch.float64), [], [])
     full = positive == g.numel()
-    log_sum = _log_sum(g if full else g[g > 0]) if counted else 0.0
+    log_sum = _log_sum(g, full) if counted else 0.0
     parts = _two_parts(spec)
     if not parts:
         total = g.sum(dtype=torch.float64)
-        return Sums(g.numel(), positive, log_sum, [], total, [], None)
+        return Sums(g.numel(), positive, log_sum, [], total, [], [])
     matrix, labels = _reduce(g, parts, maxima)
-    number = None if full else _reduce((g > 0).to(torch.float64), parts)[0]
+    tallies = _all_positive(g.numel(), labels) if full else _tallies(g, parts)
     matrix = matrix.to(torch.float64).contiguous()
-    return Sums(g.numel(), positive, log_sum, parts, matrix, labels, number)
+    return Sums(g.numel(), positive, log_sum, parts, matrix, labels, tallies)
+
+
+def _all_positive(
+    numel: int, labels: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+) -> list[Array]:
+    """The tallies of a parameter without zeros: every slice has its full share of entries."""
+    sizes = [torch.from_numpy(n).to(torch.float64) for _, n in labels]
+    total = numel / math.prod(int(s.sum()) for s in sizes)
+    return [
+        s.numpy() * total * math.prod(int(o.sum()) for k, o in enumerate(sizes) if k != j)
+        for j, s in enumerate(sizes)
+    ]
+
+
+def _tallies(g: Tensor, parts: Sequence[Part]) -> list[Array]:
+    number, _ = _reduce((g > 0).to(torch.float64), parts)
+    return [number.numpy()] if len(parts) == 1 else [number.sum(1).numpy(), number.sum(0).numpy()]
 
 
 def assemble_sums(
@@ -178,30 +195,18 @@ def assemble_sums(
         if not entries.positive:
             continue
         counted = trainable.get(name, True)
-        parts, labels, number = entries.parts, entries.labels, entries.number
+        parts, labels = entries.parts, entries.labels
         if counted:
             count += entries.positive
             log_sum += entries.log_sum
         if not parts:
             constant += float(entries.matrix) if counted else 0.0
             continue
-        matrix_counts = None
         rows = [
             _forms(table, [c for c, _ in terms], group.basis, factor)
             for (_, terms), (table, _) in zip(parts, labels, strict=True)
         ]
-        sizes = [torch.from_numpy(n).to(torch.float64) for _, n in labels]
-        if number is None:
-            total = entries.numel / math.prod(int(s.sum()) for s in sizes)
-            matrix_counts = [
-                s.numpy() * total * math.prod(int(o.sum()) for k, o in enumerate(sizes) if k != j)
-                for j, s in enumerate(sizes)
-            ]
-        elif len(parts) == 1:
-            matrix_counts = [number.numpy()]
-        else:
-            matrix_counts = [number.sum(1).numpy(), number.sum(0).numpy()]
-        for form, tally in zip(rows, matrix_counts, strict=True):
+        for form, tally in zip(rows, entries.tallies, strict=True):
             if counted:
                 linear += form.T @ tally
             signed = form if factor > 0 else -form
@@ -261,11 +266,12 @@ def _sides(
     return gains, loses
 
 
-def _log_sum(g: Tensor) -> float:
-    """Sum of natural logarithms, accumulated in float64, a piece at a time."""
+def _log_sum(g: Tensor, full: bool) -> float:
+    """Sum of natural logarithms of positive entries, in float64, a piece at a time."""
     rows = max(1, _PIECE * max(len(g), 1) // max(g.numel(), 1)) if g.dim() else 1
     pieces = g.split(rows) if g.dim() else [g]
-    return float(sum(float(piece.log().sum(dtype=torch.float64)) for piece in pieces))
+    positive = (piece if full else piece[piece > 0] for piece in pieces)
+    return float(sum(float(piece.log().sum(dtype=torch.float64)) for piece in positive))
 
 
 def layers(group: RescalingGroup) -> NDArray[np.int64]:
