@@ -318,9 +318,9 @@ def _in_range(value: Tensor, exponents: Factors, power: int, label: str) -> Fact
     joined = sum(exponents[1:], exponents[0])
     part, (moved,) = local_part(value.detach()), local_factors(value, [power * joined])
     logs = part.double().abs().log2() + moved.to(part.device)
-    top = int(logs.max().ceil().clamp(-5000, 5000)) if logs.numel() else -5000
+    top = int(logs.max().floor().clamp(-5000, 5000)) if logs.numel() else -5000
     (largest,) = largest_around(value, (top,))
-    if largest > high + 1:
+    if largest > high:
         raise RangeError(
             f"{label}, which would overflow {str(value.dtype).removeprefix('torch.')}: its "
             f"largest entry would be 2**{largest}. Nothing was changed. Use smaller scales, "
