@@ -25,7 +25,7 @@ from pathlift.capture import (
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, VerificationError
 from pathlift.report import ConditioningReport
-from pathlift.solve import Problem, Solution, solve, value
+from pathlift.solve import Operator, Solution, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.integer import round_scales
 from pathlift.symmetry.group import RescalingGroup, infer_group
@@ -150,7 +150,7 @@ class Conditioner:
             lower, upper = extent_bounds(group, extents)
             assembled, approximated = assemble_from(group, chosen, program, lower, upper)
         with timed(seconds, "solve"):
-            solution, scales = choose_scales(assembled.problem, solver, tol, exact)
+            solution, scales = choose_scales(assembled.operator, solver, tol, exact)
             scales = sharded.from_first(scales, self._groups, self._device())
         outputs = None
         with timed(seconds, "verify"):
@@ -200,14 +200,14 @@ class Conditioner:
 
 
 def choose_scales(
-    problem: Problem, solver: str, tol: float, exact: bool
+    operator: Operator, solver: str, tol: float, exact: bool
 ) -> tuple[Solution, NDArray[Any]]:
     """The continuous solution, and the scales to apply: int64 if exact, else float64."""
-    solution = solve(problem, solver, tol)
+    solution = solve(operator, solver, tol)
     scales: NDArray[Any] = solution.log2_scales
     if exact:
-        scales = round_scales(problem, scales)
-    if value(problem, scales.astype(np.float64)) >= value(problem, np.zeros(problem.num_scales)):
+        scales = round_scales(operator, scales)
+    if value(operator, scales.astype(np.float64)) >= value(operator, np.zeros(len(scales))):
         # Integers near the optimum may be no better than staying.
         scales = np.zeros_like(scales)
     return solution, scales

@@ -137,7 +137,7 @@ def condition_checkpoint(
             )
         with timed(seconds, "solve"):
             report("solving", 0, 0)
-            solution, scales = choose_scales(assembled.problem, solver, tol, exact)
+            solution, scales = choose_scales(assembled.operator, solver, tol, exact)
         with timed(seconds, "apply"):
             changes = _changes(group, scales, extents, values)
             factors = {n: changes[first] for n, first in owners.items() if first in changes}

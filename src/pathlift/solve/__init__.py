@@ -6,15 +6,24 @@ from pathlift.errors import ArgumentError
 from pathlift.solve.coordinate import coordinate_descent
 from pathlift.solve.integer import round_scales
 from pathlift.solve.newton import newton
-from pathlift.solve.problem import MatrixBlock, Problem, Solution, gradient, objective
+from pathlift.solve.problem import (
+    MatrixBlock,
+    Operator,
+    Problem,
+    Solution,
+    gradient,
+    objective,
+    operator_of,
+)
 from pathlift.solve.ranges import equalise, value
 
 SOLVERS = ("newton", "coordinate")
 
 
-def solve(problem: Problem, solver: str = "newton", tol: float = 1e-8) -> Solution:
+def solve(problem: Problem | Operator, solver: str = "newton", tol: float = 1e-8) -> Solution:
     """Minimise F within the bounds; ``tol`` bounds ``max |projected dF/ds| / count``."""
-    if solver in SOLVERS and problem.reduction == "max":
+    problem = operator_of(problem)
+    if solver in SOLVERS and problem.problem.reduction == "max":
         return equalise(problem, tol)
     if solver == "newton":
         return newton(problem, tol)
@@ -29,6 +38,7 @@ def solve(problem: Problem, solver: str = "newton", tol: float = 1e-8) -> Soluti
 __all__ = [
     "SOLVERS",
     "MatrixBlock",
+    "Operator",
     "Problem",
     "Solution",
     "coordinate_descent",

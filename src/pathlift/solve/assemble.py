@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pathlift.capture import Program
 from pathlift.criteria.protocol import Coefficients, Criterion
-from pathlift.solve.problem import MatrixBlock, Problem, Store, as_is
+from pathlift.solve.problem import MatrixBlock, Operator, Problem, Store, as_is
 from pathlift.solve.ranges import value
 from pathlift.symmetry.group import ParameterScales, RescalingGroup
 
@@ -43,6 +44,11 @@ class Assembled:
     slope: Array
     dead: NDArray[np.int64]
 
+    @cached_property
+    def operator(self) -> Operator:
+        """The problem's products, made once."""
+        return Operator(self.problem)
+
     def imbalance(self, scales: Array) -> float:
         """``log(AM/GM)`` of the coefficients, per counted entry, after rescaling by ``scales``.
 
@@ -52,9 +58,9 @@ class Assembled:
         if not count:
             return 0.0
         if self.problem.reduction == "max":
-            return value(self.problem, scales)
+            return value(self.operator, scales)
         slant = 2 * math.log(2) * float((self.slope - self.problem.linear) @ scales)
-        log_sum = (value(self.problem, scales) + slant) / count
+        log_sum = (value(self.operator, scales) + slant) / count
         return max(0.0, log_sum - math.log(count) - self.log_mean)
 
 

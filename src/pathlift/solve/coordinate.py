@@ -50,6 +50,7 @@ from pathlift.solve.problem import (
     Problem,
     Solution,
     certificate,
+    operator_of,
     solution,
 )
 
@@ -57,9 +58,12 @@ from pathlift.solve.problem import (
 _MAX_MOVE = 150.0
 
 
-def coordinate_descent(problem: Problem, tol: float = 1e-8, max_sweeps: int = 1000) -> Solution:
+def coordinate_descent(
+    problem: Problem | Operator, tol: float = 1e-8, max_sweeps: int = 1000
+) -> Solution:
     """Minimise F by sweeps of exact joint minimisations over independent sets of scales."""
-    operator = Operator(problem)
+    operator = operator_of(problem)
+    problem = operator.problem
     start = np.clip(np.zeros(problem.num_scales), problem.lower, problem.upper)
     at = operator.evaluate(start)
     if problem.count == 0:
@@ -160,9 +164,11 @@ def _coupling(operator: Operator, node: IntArray, keep: BoolArray) -> sparse.csr
         nodes_left, nodes_right = np.unique(left.indices), np.unique(right.indices)
         if nodes_left.size == 0 or nodes_right.size == 0:
             continue
-        positive = (source > 0).to(torch.float32).numpy()
-        reach = left[:, nodes_left].T @ positive  # (nodes, C)
-        joint = np.asarray((right[:, nodes_right].T @ reach.T).T) > 0
+        joint = np.ones((nodes_left.size, nodes_right.size), dtype=bool)
+        if operator.has_zeros(b):
+            positive = (source > 0).to(torch.float32).numpy()
+            reach = left[:, nodes_left].T @ positive  # (nodes, C)
+            joint = np.asarray((right[:, nodes_right].T @ reach.T).T) > 0
         a, c = np.nonzero(joint)
         pairs = (np.ones(a.size), (nodes_left[a], nodes_right[c]))
         part = sparse.csr_array(pairs, shape=(size, size))

@@ -5,12 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from pathlift.solve.coordinate import independent_sets
-from pathlift.solve.problem import LN2, Array, Evaluation, IntArray, Operator, Problem
+from pathlift.solve.problem import (
+    LN2,
+    Array,
+    Evaluation,
+    IntArray,
+    Operator,
+    Problem,
+    operator_of,
+)
 
 _MAX_SWEEPS = 20
 
 
-def round_scales(problem: Problem, point: Array) -> IntArray:
+def round_scales(problem: Problem | Operator, point: Array) -> IntArray:
     """Integer scales within the bounds, ``(H,)`` int64, with F not above that of plain rounding.
 
     Starts at the nearest integers and moves single scales by one while that lowers F. The scales
@@ -19,7 +27,8 @@ def round_scales(problem: Problem, point: Array) -> IntArray:
     ``p log(1 + sum D_h) + 2 ln2 sum l_h d_h``, so the best leading part of the sorted candidates
     is taken.
     """
-    operator = Operator(problem)
+    operator = operator_of(problem)
+    problem = operator.problem
     low, high = np.ceil(problem.lower), np.floor(problem.upper)
     fixed = low > high  # no integer between the bounds: the nearest one to the point
     rounded = np.rint(point)

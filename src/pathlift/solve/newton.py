@@ -31,6 +31,7 @@ from pathlift.solve.problem import (
     Problem,
     Solution,
     certificate,
+    operator_of,
     solution,
 )
 
@@ -52,9 +53,10 @@ _DAMPING = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 Precondition = Callable[[Array], Array]
 
 
-def newton(problem: Problem, tol: float = 1e-8, max_iterations: int = 100) -> Solution:
+def newton(problem: Problem | Operator, tol: float = 1e-8, max_iterations: int = 100) -> Solution:
     """Minimise F over the bounds until ``max |projected dF/ds| / p <= tol``."""
-    operator = Operator(problem)
+    operator = operator_of(problem)
+    problem = operator.problem
     start = np.clip(np.zeros(problem.num_scales), problem.lower, problem.upper)
     at = operator.evaluate(start)
     if problem.count == 0:

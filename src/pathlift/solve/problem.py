@@ -17,6 +17,7 @@ the point moves far from where a matrix was last normalised, the matrix is norma
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,11 +142,15 @@ class _Pairs:
 
 @dataclass
 class Operator:
-    """Products with the stacked forms and the matrices of a problem. ``pairs`` counts them."""
+    """Products with the stacked forms and the matrices of a problem. ``pairs`` counts them.
+
+    Making one reads every matrix, so the solver, the rounding and the report share one.
+    """
 
     problem: Problem
     pairs: int = 0
     centre: Array = field(init=False)
+    _values: dict[bytes, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         problem = self.problem
@@ -201,6 +206,10 @@ class Operator:
         """Where the row and the column forms of a matrix lie among the stacked forms."""
         a, b, c = (int(x) for x in self._starts[2 * block : 2 * block + 3])
         return slice(a, b), slice(b, c)
+
+    def has_zeros(self, block: int) -> bool:
+        """Whether a matrix has an entry 0."""
+        return self._ranges[block][0] == 0.0
 
     def form_starts(self) -> IntArray:
         """First form of every segment (rows, columns of each matrix, then single entries)."""
@@ -263,6 +272,11 @@ class Operator:
 
     # -- products ------------------------------------------------------------------------------
 
+    def objective(self, point: Array) -> float:
+        """F at ``point``, by its products if it was evaluated before."""
+        found = self._values.get(_key(point))
+        return self.evaluate(point).objective if found is None else found
+
     def evaluate(self, point: Array) -> Evaluation:
         """F, its gradient and the weights of all forms at ``point``: one pair of products."""
         problem, p = self.problem, self.problem.count
@@ -323,6 +337,7 @@ class Operator:
             log2_weights[part] = exponent[part] + np.log2(self._mantissa) - log2_total
         mean = self.forms_t @ weights
         objective = p * LN2 * log2_total + slant
+        self._values[_key(point)] = objective
         gradient = slope - 2.0 * LN2 * p * mean
         return Evaluation(
             point,
@@ -398,7 +413,7 @@ class Operator:
             row, col = self.segments(b)
             r, c = matrix.shape
             counts[row], counts[col] = c, r
-            if self._ranges[b][0] == 0.0:
+            if self.has_zeros(b):
                 positive = matrix > 0
                 counts[row] = positive.sum(1).numpy()
                 counts[col] = positive.sum(0).numpy()
@@ -478,14 +493,19 @@ class Operator:
         return shares
 
 
-def objective(problem: Problem, point: Array) -> float:
+def operator_of(problem: Problem | Operator) -> Operator:
+    """The products of a problem; those that were made already, if they are given."""
+    return problem if isinstance(problem, Operator) else Operator(problem)
+
+
+def objective(problem: Problem | Operator, point: Array) -> float:
     """F at ``point``, without the constant ``-sum log g_i``."""
-    return Operator(problem).evaluate(point).objective
+    return operator_of(problem).objective(point)
 
 
-def gradient(problem: Problem, point: Array) -> Array:
+def gradient(problem: Problem | Operator, point: Array) -> Array:
     """``dF/ds``, ``(H,)``."""
-    return Operator(problem).evaluate(point).gradient
+    return operator_of(problem).evaluate(point).gradient
 
 
 def projected_gradient(problem: Problem, at: Evaluation) -> Array:
@@ -506,6 +526,10 @@ def solution(operator: Operator, at: Evaluation, iterations: int, tol: float) ->
     """Wrap a point with its certificate."""
     norm = certificate(operator.problem, at)
     return Solution(at.point, at.objective, norm, iterations, operator.pairs, norm <= tol)
+
+
+def _key(point: Array) -> bytes:
+    return hashlib.blake2b((point + 0.0).tobytes(), digest_size=16).digest()
 
 
 def _times(matrix: torch.Tensor, vector: Array) -> Array:

@@ -13,23 +13,25 @@ import numpy as np
 import torch
 
 from pathlift.solve.coordinate import independent_sets
-from pathlift.solve.problem import LN2, Array, Operator, Problem, Solution, objective
+from pathlift.solve.problem import LN2, Array, Operator, Problem, Solution, objective, operator_of
 
 _MAX_SWEEPS = 2000
 
 
-def value(problem: Problem, point: Array) -> float:
+def value(problem: Problem | Operator, point: Array) -> float:
     """F at ``point``; for ranges the mean over channels of ``|log(range in / range out)|``."""
-    if problem.reduction == "max":
-        ranges = _Ranges(Operator(problem))
+    operator = operator_of(problem)
+    if operator.problem.reduction == "max":
+        ranges = _Ranges(operator)
         gap = np.abs(ranges.gap(point)[ranges.movable])
         return float(gap.mean() * LN2) if gap.size else 0.0
-    return objective(problem, point)
+    return objective(operator, point)
 
 
-def equalise(problem: Problem, tol: float) -> Solution:
+def equalise(problem: Problem | Operator, tol: float) -> Solution:
     """Scales of equal ranges; the certificate is the largest ``|log2(range in / range out)|``."""
-    operator = Operator(problem)
+    operator = operator_of(problem)
+    problem = operator.problem
     ranges = _Ranges(operator)
     point = np.clip(np.zeros(problem.num_scales), problem.lower, problem.upper)
     sweeps, worst = 0, ranges.certificate(point)
@@ -40,7 +42,7 @@ def equalise(problem: Problem, tol: float) -> Solution:
                 point[members] + step, problem.lower[members], problem.upper[members]
             )
         sweeps, worst = sweeps + 1, ranges.certificate(point)
-    mean = value(problem, point)
+    mean = value(operator, point)
     return Solution(point, mean, worst, sweeps, operator.pairs, worst <= tol)
 
 
