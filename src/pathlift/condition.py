@@ -237,7 +237,7 @@ def summarised(
         approximated=approximated,
         seconds=seconds,
         passes=solution.matvecs,
-        reduced_bytes=sum(8 * b.matrix.numel() for b in assembled.problem.blocks),
+        reduced_bytes=sum(b.matrix.nbytes for b in assembled.problem.blocks),
     )
 
 

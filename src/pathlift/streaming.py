@@ -81,9 +81,10 @@ def condition_checkpoint(
     Memory: the structure of the model with its buffers, the activations of ``example_inputs``, and
     about three tensors of the size of the largest parameter in float32 (more for a float64 model).
     The solver's matrices are as large as a weight where every row and every column has a scale of
-    its own; they are float64 and lie in a temporary file beside ``output``, which the solver reads
-    through the page cache: fast where they fit in free memory, else as fast as the disk. Free disk
-    space for it: twice the size of a float32 checkpoint at most.
+    its own, in float32 for the path kernel and float64 for the others. They lie in a temporary
+    file beside ``output``, which the solver reads through the page cache: fast where they fit in
+    free memory, else as fast as the disk. Free disk space for it: the size of a float32 checkpoint
+    for the path kernel, else twice that, at most.
 
     Args:
         build: makes the model; called once, with every parameter put on the meta device as it is
@@ -170,11 +171,10 @@ class Scratch:
         offset = -(-self._file.seek(0, 2) // mmap.ALLOCATIONGRANULARITY)
         offset *= mmap.ALLOCATIONGRANULARITY
         self._file.seek(offset)
-        self._file.write(matrix.contiguous().numpy().data)
+        values = matrix.contiguous().numpy()
+        self._file.write(values.data)
         self._file.flush()
-        assert matrix.dtype == torch.float64
-        shape = tuple(matrix.shape)
-        mapped: NDArray[Any] = np.memmap(self._file, np.float64, "r+", offset, shape)
+        mapped: NDArray[Any] = np.memmap(self._file, values.dtype, "r+", offset, values.shape)
         return torch.from_numpy(mapped)
 
 

@@ -272,6 +272,35 @@ def test_weight_norm_objective_without_linear_term():
     assert found.objective <= reference_minimum(problem) + 1e-8
 
 
+@few
+@given(seeds, flags, flags)
+def test_large_float32_matrices_are_widened_in_pieces(seed, general, extreme):
+    problem = dense.random_problem(seed, general=general, extreme=extreme)
+    values = [torch.nan_to_num(b.matrix.float(), posinf=1e38) for b in problem.blocks]
+    pairs = list(zip(problem.blocks, values, strict=True))
+    single = replace(problem, blocks=tuple(replace(b, matrix=m) for b, m in pairs))
+    double = replace(problem, blocks=tuple(replace(b, matrix=m.double()) for b, m in pairs))
+    rng = np.random.default_rng(seed)
+    reference = Operator(double)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pathlift.solve.problem._PIECE", 5)
+        pieces = Operator(single)
+    for reach in (1.0, 300.0):
+        s = rng.uniform(-reach, reach, problem.num_scales)
+        d = rng.standard_normal(problem.num_scales)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pathlift.solve.problem._PIECE", 5)
+            at = pieces.evaluate(s)
+            product = pieces.hessian_product(at, d)
+        expected = reference.evaluate(s)
+        scale = max(problem.count, 1)
+        assert at.objective == pytest.approx(expected.objective, rel=1e-11, abs=1e-9)
+        np.testing.assert_allclose(at.gradient, expected.gradient, rtol=1e-9, atol=1e-9 * scale)
+        np.testing.assert_allclose(
+            product, reference.hessian_product(expected, d), rtol=1e-8, atol=1e-8 * scale
+        )
+
+
 def test_float32_matrices():
     problem = dense.mlp([6, 9, 4, 3])
     single = [replace(b, matrix=b.matrix.float()) for b in problem.blocks]

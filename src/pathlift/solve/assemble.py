@@ -128,7 +128,7 @@ class Sums:
         log_sum: sum of their natural logarithms (0 for a parameter that does not count).
         parts: the groups of axes that carry scales, two at most; none where no scale acts.
         matrix: sums (or maxima) over entries of equal scale, one axis per part; without parts the
-            sum of all. float64.
+            sum of all. float64, or a matrix in the dtype of the coefficients.
         labels: per part, the distinct tuples of variables and how many indices share them.
         tallies: per part, how many positive entries stand in each slice of ``matrix``.
     """
@@ -155,7 +155,9 @@ def sum_up(spec: ParameterScales, g: Tensor, maxima: bool, counted: bool = True)
         return Sums(g.numel(), positive, log_sum, [], total, [], [])
     matrix, labels = _reduce(g, parts, maxima)
     tallies = _all_positive(g.numel(), labels) if full else _tallies(g, parts)
-    matrix = matrix.to(torch.float64).contiguous()
+    if len(parts) == 1 or matrix.dtype != torch.float32:
+        matrix = matrix.to(torch.float64)
+    matrix = matrix.contiguous()
     return Sums(g.numel(), positive, log_sum, parts, matrix, labels, tallies)
 
 

@@ -36,6 +36,8 @@ BoolArray = NDArray[np.bool_]
 LN2 = float(np.log(2.0))
 # Between two normalisations of a matrix its row and column factors may move by this many bits.
 _DRIFT_BITS = 400.0
+# Entries of a matrix that are widened at a time; smaller matrices are widened once.
+_PIECE = 1 << 18
 # Row maxima within 2**-_PLAIN_BITS .. 2**_PLAIN_BITS need no normalisation (and no copy).
 _PLAIN_BITS = 100
 
@@ -44,8 +46,9 @@ _PLAIN_BITS = 100
 class MatrixBlock:
     """Entries ``matrix[o, i] * 2^{-2 ((rows s)_o + (cols s)_i)}``.
 
-    ``matrix``: ``(R, C)``, non-negative. ``rows``: ``(R, H)`` and ``cols``: ``(C, H)``, integer
-    exponents, sign included (usually one +1 per row, one -1 per column).
+    ``matrix``: ``(R, C)``, non-negative, float32 or float64 (products are float64 in any case).
+    ``rows``: ``(R, H)`` and ``cols``: ``(C, H)``, integer exponents, sign included (usually one +1
+    per row, one -1 per column).
     """
 
     matrix: torch.Tensor
@@ -160,7 +163,7 @@ class Operator:
         kept: list[MatrixBlock] = []
         ranges: list[tuple[float, float]] = []
         for block in problem.blocks:
-            matrix = block.matrix.detach().to(device="cpu", dtype=torch.float64)
+            matrix = _kept(block.matrix)
             low, high = _range(f"Problem.blocks[{len(kept)}].matrix", matrix)
             if high > 0:
                 kept.append(block)
@@ -254,7 +257,7 @@ class Operator:
             power[source == 0] = -np.inf
             top = power.amax(1)
             power -= torch.where(torch.isfinite(top), top, torch.zeros_like(top))[:, None]
-            matrices.append(self.problem.store(mantissa.mul_(torch.exp2(power))))
+            matrices.append(self.problem.store(torch.exp2(power).mul_(mantissa)))
             base[row] = top.numpy()
             base[col] = np.where(self._live[b][1], 0.0, -np.inf)
         if self.has_vector:
@@ -302,8 +305,8 @@ class Operator:
         for b, matrix in enumerate(self._matrices):
             row, col = self.segments(b)
             u, v = factors[row], factors[col]
-            weights[row] = u * _times(matrix, v)
-            weights[col] = v * _times(matrix.t(), u)
+            across, down = _pair(matrix, v, u)
+            weights[row], weights[col] = u * across, v * down
             sums.append(float(weights[row].sum()))
             logs.append(float(tops[2 * b] + tops[2 * b + 1]))
         if self.has_vector:
@@ -361,8 +364,9 @@ class Operator:
         for b, matrix in enumerate(at.matrices):
             row, col = self.segments(b)
             u, v = at.factors[row], at.factors[col]
-            out[row] += at.levels[b] * u * _times(matrix, v * moved[col])
-            out[col] += at.levels[b] * v * _times(matrix.t(), u * moved[row])
+            across, down = _pair(matrix, v * moved[col], u * moved[row])
+            out[row] += at.levels[b] * u * across
+            out[col] += at.levels[b] * v * down
         self.pairs += 1
         product = self.forms_t @ out - at.mean * float(at.mean @ direction)
         return np.asarray(4.0 * LN2**2 * self.problem.count * product)
@@ -462,7 +466,7 @@ class Operator:
         """Share of T of each entry in ``pairs``."""
         row, col = self.segments(pairs.block)
         matrix = at.matrices[pairs.block].numpy()
-        picked = matrix[pairs.row, pairs.col]
+        picked = matrix[pairs.row, pairs.col].astype(np.float64)
         scaled = picked * at.factors[row][pairs.row] * at.factors[col][pairs.col]
         return np.asarray(at.levels[pairs.block] * scaled)
 
@@ -532,8 +536,33 @@ def _key(point: Array) -> bytes:
     return hashlib.blake2b((point + 0.0).tobytes(), digest_size=16).digest()
 
 
-def _times(matrix: torch.Tensor, vector: Array) -> Array:
-    return np.asarray(matrix.numpy() @ vector)
+def _kept(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix as products use it: float64 if it is small, else as it is (float32 takes half)."""
+    matrix = matrix.detach().cpu()
+    narrow = matrix.dtype == torch.float32 and matrix.numel() > _PIECE
+    return matrix.contiguous() if narrow else matrix.to(torch.float64)
+
+
+def _pair(matrix: torch.Tensor, v: Array, u: Array) -> tuple[Array, Array]:
+    """``M v`` and ``M^T u`` in float64.
+
+    A float32 matrix is read once from memory: each piece of it is widened in the cache, for both
+    products.
+    """
+    if matrix.dtype == torch.float64:
+        dense = matrix.numpy()
+        return np.asarray(dense @ v), np.asarray(u @ dense)
+    right, left = torch.from_numpy(v), torch.from_numpy(u)
+    across = torch.empty(matrix.shape[0], dtype=torch.float64)
+    down = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    rows = max(1, _PIECE // matrix.shape[1])
+    wide = torch.empty((rows, matrix.shape[1]), dtype=torch.float64)
+    for start in range(0, matrix.shape[0], rows):
+        part = matrix[start : start + rows]
+        piece = wide[: len(part)].copy_(part)
+        torch.mv(piece, right, out=across[start : start + rows])
+        down.addmv_(piece.t(), left[start : start + rows])
+    return across.numpy(), down.numpy()
 
 
 def _csr(forms: sparse.csr_array) -> sparse.csr_array:

@@ -54,7 +54,7 @@ class _Ranges:
 
     def __post_init__(self) -> None:
         operator, problem = self.operator, self.operator.problem
-        self.logs = [torch.log2(m) for m in operator.sources]
+        self.logs = [torch.log2(m.to(torch.float64)) for m in operator.sources]
         # Exponent of every form (row, column, single entry) in every scale, per log2 unit.
         self.exponents = (-2.0 * operator.forms).tocoo()
         values = np.asarray(problem.vector, dtype=np.float64)
