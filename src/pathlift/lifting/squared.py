@@ -12,6 +12,7 @@ depth and no initial scale leaves float64. Powers of two are exact, so this cost
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,12 @@ from torch import Tensor, fx
 
 from pathlift.capture import Graph, Program, in_place, module_path, operation, shape_of
 from pathlift.errors import UnsupportedOperationError
+from pathlift.lifting.parameters import (
+    DroppedParameters,
+    KeptParameters,
+    SquaredRows,
+    rescaled,
+)
 
 
 @dataclass(frozen=True)
@@ -149,13 +156,15 @@ def lifted_pass(
     env: dict[fx.Node, Any] = {}
     batch: set[int] = set()
     owners = {n: graph.tensors.get(n.name, "") for n in graph.nodes if n.op == "placeholder"}
+    weights = _weights(graph, owners)
     last = _last_reads(graph, {n for n, name in owners.items() if store.has(name)})
     for node in graph.nodes:
         context.node = node
         for source in node.all_input_nodes:
             name = owners.get(source, "")
             if source not in env and store.has(name):
-                env[source] = Lifted(store.open(name), p * store.unit(name))
+                opened: Any = store.open(name, source in weights)
+                env[source] = Lifted(opened, p * store.unit(name))
         if node in graph.constants:
             env[node] = graph.constants[node]
         elif node.op == "placeholder":
@@ -188,6 +197,20 @@ def lifted_pass(
     return LiftedPass(total, values, top, store.leaves, store.units, context.approximated)
 
 
+def _weights(graph: Graph, owners: dict[fx.Node, str]) -> set[fx.Node]:
+    """The placeholders of parameters whose one use is as the weight of a linear map."""
+    placeholders = Counter(owners.values())
+    return {
+        node
+        for node, name in owners.items()
+        if placeholders[name] == 1
+        and len(node.users) == 1
+        and all(n.op == "call_function" and operation(n) == "linear" for n in node.users)
+        and all(n.args[0] is not node and n.args[1] is node for n in node.users)
+        and len(shape_of(node)) == 2
+    }
+
+
 def _last_reads(graph: Graph, parameters: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Node -> the values that are read there for the last time.
 
@@ -203,146 +226,6 @@ def _last_reads(graph: Graph, parameters: set[fx.Node]) -> dict[fx.Node, list[fx
         end = reach[node] if node in parameters else plain
         found.setdefault(graph.nodes[end], []).append(node)
     return found
-
-
-def _power(program: Program, name: str, p: float, dtype: torch.dtype, unit: int | None) -> Any:
-    """``|theta * 2**-unit|^p`` of a parameter, detached, and the unit (found if not given)."""
-    q = program.value(name)
-    unit = _unit_exponent(q) if unit is None else unit
-    x = q.to("cpu", dtype)
-    if unit:
-        x = x * 2.0**-unit
-    if p == 2:  # in place where this is a copy
-        return (x.square() if x.data_ptr() == q.data_ptr() else x.square_()), unit
-    return x.abs() ** p, unit
-
-
-class KeptParameters:
-    """Lifted parameters made at once and kept, each a leaf (or a function of the model's own)."""
-
-    def __init__(
-        self, program: Program, p: float, dtype: torch.dtype, differentiable: bool = False
-    ) -> None:
-        self.leaves: dict[str, Tensor] = {}
-        self.units: dict[str, int] = {}
-        for name, q in program.parameters.items():
-            if not q.is_floating_point():
-                continue
-            if differentiable:
-                self.units[name] = _unit_exponent(q)
-                scaled = q.to("cpu", dtype) * 2.0 ** -self.units[name]
-                self.leaves[name] = scaled.square() if p == 2 else scaled.abs() ** p
-            else:
-                self.leaves[name], self.units[name] = _power(program, name, p, dtype, None)
-                self.leaves[name].requires_grad_(torch.is_grad_enabled())
-
-    def has(self, name: str) -> bool:
-        """Whether the name is that of a lifted parameter."""
-        return name in self.leaves
-
-    def open(self, name: str) -> Tensor:
-        """The lifted parameter."""
-        return self.leaves[name]
-
-    def unit(self, name: str) -> int:
-        """The power of two taken out of the parameter."""
-        return self.units[name]
-
-    def close(self, name: str) -> None:
-        """The forward pass needs the parameter no more."""
-
-
-class DroppedParameters:
-    """Squared parameters made when the forward pass first reads them and dropped after.
-
-    The backward pass needs them again. What autograd would save of a squared parameter (or of a
-    view of it) is saved as its name, and made anew when it is read; the gradient goes to ``sink``
-    as soon as it is complete and is not kept. So no more than a few squares and gradients exist at
-    a time, whatever the size of the model. A square is made by the same elementwise operations
-    each time: nothing changes in the result.
-
-    What an operation computes from parameters alone (a copy, a product of two) is an activation
-    like others: kept if the backward pass needs it.
-    """
-
-    def __init__(
-        self, program: Program, dtype: torch.dtype, sink: Callable[[str, Tensor], None]
-    ) -> None:
-        self.leaves: dict[str, Tensor] = {}
-        self.units: dict[str, int] = {}
-        self.token = torch.zeros((), requires_grad=True)
-        self._program, self._dtype, self._sink = program, dtype, sink
-        self._names = {n for n, q in program.parameters.items() if q.is_floating_point()}
-        self._live: dict[int, str] = {}  # address of a square that is in memory -> its name
-        self._addresses: dict[str, int] = {}
-        self.arrived: set[str] = set()
-
-    def has(self, name: str) -> bool:
-        """Whether the name is that of a lifted parameter."""
-        return name in self._names
-
-    def square(self, name: str) -> Tensor:
-        """The square of a parameter (in its unit), made now."""
-        value, self.units[name] = _power(self._program, name, 2, self._dtype, self.units.get(name))
-        return value
-
-    def open(self, name: str) -> Tensor:
-        """The squared parameter, as an output of a node whose gradient goes to the sink."""
-        u: Tensor = _Square.apply(self.token, self, name)  # type: ignore[no-untyped-call]
-        address = u.untyped_storage().data_ptr()
-        if address:
-            self._live[address] = name
-            self._addresses[name] = address
-        return u
-
-    def unit(self, name: str) -> int:
-        """The power of two taken out of the parameter."""
-        return self.units[name]
-
-    def close(self, name: str) -> None:
-        """The forward pass needs the parameter no more; its address may be used again."""
-        self._live.pop(self._addresses.pop(name, 0), None)
-
-    def saved(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """The context in which the forward pass must run."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-
-    def _pack(self, tensor: Tensor) -> Any:
-        name = self._live.get(tensor.untyped_storage().data_ptr())
-        if name is None:
-            return tensor
-        return name, tensor.shape, tensor.stride(), tensor.storage_offset()
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        name, shape, stride, offset = packed
-        return self.square(name).as_strided(shape, stride, offset)
-
-    def receive(self, name: str, gradient: Tensor) -> None:
-        """Hand a complete gradient on."""
-        self.arrived.add(name)
-        self._sink(name, _rescaled(gradient.detach(), self.units[name]))
-
-    def finish(self) -> None:
-        """Hand on zeros for every parameter on no path (all one zero, expanded)."""
-        for name, q in self._program.parameters.items():
-            if name in self._names and name not in self.arrived:
-                self._sink(name, torch.zeros((), dtype=self._dtype).expand(q.shape))
-
-
-class _Square(torch.autograd.Function):
-    """A squared parameter as a function of a token, so that no leaf holds it in memory."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, store: DroppedParameters, name: str) -> Tensor:
-        ctx.store, ctx.name = store, name
-        return store.square(name)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        ctx.store.receive(ctx.name, gradients[0])
-        return None, None, None
 
 
 def stream_diagonal(
@@ -413,7 +296,7 @@ def diagonal(
             g = torch.zeros_like(u) if gradient is None else gradient.detach()
             if gradient is not None and _reused(program, training, name):
                 g = g + u.detach() * _second_derivatives(gradient, u)
-            found[name] = _rescaled(g, result.units[name])
+            found[name] = rescaled(g, result.units[name])
     return found, result.shift, result.approximated
 
 
@@ -444,22 +327,6 @@ def _second_derivatives(gradient: Tensor, u: Tensor) -> Tensor:
         for k in range(u.numel())
     ]
     return torch.stack(entries).reshape(u.shape)
-
-
-def _unit_exponent(q: Tensor) -> int:
-    """Power of two next to the largest entry, rounded to even steps of 8 (0 for near 1)."""
-    if not q.numel():
-        return 0
-    peak = float(torch.linalg.vector_norm(q.detach(), math.inf))
-    if peak == 0 or not math.isfinite(peak):
-        return 0
-    exponent = math.frexp(peak)[1]
-    return exponent if abs(exponent) > 12 else 0
-
-
-def _rescaled(g: Tensor, unit: int) -> Tensor:
-    """Gradient in the squared parameter from the gradient in its squared unit form."""
-    return g * 2.0 ** (-2 * unit) if unit else g
 
 
 def _call(context: _Context, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -599,7 +466,9 @@ def _aligned(context: _Context, values: Sequence[Any]) -> tuple[list[Tensor], fl
 @lift("linear")
 def _linear(c: _Context, x: Any, w: Any, b: Any = None) -> Lifted:
     x, w = c.lifted(x), c.lifted(w)
-    out = Lifted(F.linear(x.tensor, w.tensor), x.shift + w.shift)
+    by_rows = isinstance(w.tensor, SquaredRows)
+    product = w.tensor.linear(x.tensor) if by_rows else F.linear(x.tensor, w.tensor)
+    out = Lifted(product, x.shift + w.shift)
     return _plus(c, out, b).normalised()
 
 

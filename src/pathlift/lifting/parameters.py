@@ -1,0 +1,254 @@
+"""Lifted parameters: where they come from, how long they stay, and where their gradients go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pathlift.capture import Program
+
+# Squares of this many entries are made a few rows at a time: from about here on, memory that is let
+# go returns to the system and costs anew.
+_LARGE = 1 << 22
+# Entries of one such piece.
+_PIECE = 1 << 18
+
+
+def _power(program: Program, name: str, p: float, dtype: torch.dtype, unit: int | None) -> Any:
+    """``|theta * 2**-unit|^p`` of a parameter, detached, and the unit (found if not given)."""
+    q = program.value(name)
+    unit = unit_exponent(q) if unit is None else unit
+    x = q.to("cpu", dtype)
+    if unit:
+        x = x * 2.0**-unit
+    if p == 2:  # in place where this is a copy
+        return (x.square() if x.data_ptr() == q.data_ptr() else x.square_()), unit
+    return x.abs() ** p, unit
+
+
+class KeptParameters:
+    """Lifted parameters made at once and kept, each a leaf (or a function of the model's own)."""
+
+    def __init__(
+        self, program: Program, p: float, dtype: torch.dtype, differentiable: bool = False
+    ) -> None:
+        self.leaves: dict[str, Tensor] = {}
+        self.units: dict[str, int] = {}
+        for name, q in program.parameters.items():
+            if not q.is_floating_point():
+                continue
+            if differentiable:
+                self.units[name] = unit_exponent(q)
+                scaled = q.to("cpu", dtype) * 2.0 ** -self.units[name]
+                self.leaves[name] = scaled.square() if p == 2 else scaled.abs() ** p
+            else:
+                self.leaves[name], self.units[name] = _power(program, name, p, dtype, None)
+                self.leaves[name].requires_grad_(torch.is_grad_enabled())
+
+    def has(self, name: str) -> bool:
+        """Whether the name is that of a lifted parameter."""
+        return name in self.leaves
+
+    def open(self, name: str, by_rows: bool) -> Tensor:
+        """The lifted parameter."""
+        return self.leaves[name]
+
+    def unit(self, name: str) -> int:
+        """The power of two taken out of the parameter."""
+        return self.units[name]
+
+    def close(self, name: str) -> None:
+        """The forward pass needs the parameter no more."""
+
+
+class DroppedParameters:
+    """Squared parameters made when the forward pass first reads them and dropped after.
+
+    The backward pass needs them again. What autograd would save of a squared parameter (or of a
+    view of it) is saved as its name, and made anew when it is read; the gradient goes to ``sink``
+    as soon as it is complete and is not kept. So no more than a few squares and gradients exist at
+    a time, whatever the size of the model. A square is made by the same elementwise operations
+    each time: nothing changes in the result.
+
+    What an operation computes from parameters alone (a copy, a product of two) is an activation
+    like others: kept if the backward pass needs it.
+    """
+
+    def __init__(
+        self, program: Program, dtype: torch.dtype, sink: Callable[[str, Tensor], None]
+    ) -> None:
+        self.leaves: dict[str, Tensor] = {}
+        self.units: dict[str, int] = {}
+        self.token = torch.zeros((), requires_grad=True)
+        self.dtype = dtype
+        self._program, self._sink = program, sink
+        self._names = {n for n, q in program.parameters.items() if q.is_floating_point()}
+        self._live: dict[int, str] = {}  # address of a square that is in memory -> its name
+        self._addresses: dict[str, int] = {}
+        self.arrived: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        """Whether the name is that of a lifted parameter."""
+        return name in self._names
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of a parameter."""
+        return self._program.parameters[name].shape
+
+    def value(self, name: str) -> Tensor:
+        """A parameter's values on the host, not to be written to."""
+        return self._program.value(name).cpu()
+
+    def square(self, name: str) -> Tensor:
+        """The square of a parameter (in its unit), made now."""
+        value, self.units[name] = _power(self._program, name, 2, self.dtype, self.units.get(name))
+        return value
+
+    def open(self, name: str, by_rows: bool) -> Tensor | SquaredRows:
+        """The squared parameter, as an output of a node whose gradient goes to the sink.
+
+        ``by_rows``: it is the weight of one linear map and used nowhere else.
+        """
+        if by_rows and self._program.parameters[name].numel() >= _LARGE:
+            self.units[name] = unit_exponent(self._program.value(name))
+            return SquaredRows(self, name)
+        u: Tensor = _Square.apply(self.token, self, name)  # type: ignore[no-untyped-call]
+        address = u.untyped_storage().data_ptr()
+        if address:
+            self._live[address] = name
+            self._addresses[name] = address
+        return u
+
+    def unit(self, name: str) -> int:
+        """The power of two taken out of the parameter."""
+        return self.units[name]
+
+    def close(self, name: str) -> None:
+        """The forward pass needs the parameter no more; its address may be used again."""
+        self._live.pop(self._addresses.pop(name, 0), None)
+
+    def saved(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context in which the forward pass must run."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        name = self._live.get(tensor.untyped_storage().data_ptr())
+        if name is None:
+            return tensor
+        return name, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        name, shape, stride, offset = packed
+        return self.square(name).as_strided(shape, stride, offset)
+
+    def receive(self, name: str, gradient: Tensor) -> None:
+        """Hand a complete gradient on."""
+        self.arrived.add(name)
+        self._sink(name, rescaled(gradient.detach(), self.units[name]))
+
+    def finish(self) -> None:
+        """Hand on zeros for every parameter on no path (all one zero, expanded)."""
+        for name, q in self._program.parameters.items():
+            if name in self._names and name not in self.arrived:
+                self._sink(name, torch.zeros((), dtype=self.dtype).expand(q.shape))
+
+
+class _Square(torch.autograd.Function):
+    """A squared parameter as a function of a token, so that no leaf holds it in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, store: DroppedParameters, name: str) -> Tensor:
+        ctx.store, ctx.name = store, name
+        return store.square(name)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.store.receive(ctx.name, gradients[0])
+        return None, None, None
+
+
+class SquaredRows:
+    """The squared weight of one linear map, of which a few rows exist at a time.
+
+    A large square is read once on each way: making it takes longer than using it, since the system
+    hands fresh memory out a page at a time.
+    """
+
+    def __init__(self, store: DroppedParameters, name: str) -> None:
+        self.store, self.name = store, name
+        self.shape = store.shape(name)
+
+    def dim(self) -> int:
+        """Two."""
+        return len(self.shape)
+
+    def stride(self, dim: int) -> int:
+        """Not 0: no rows are repeated."""
+        return self.shape[1] if dim == 0 else 1
+
+    def linear(self, x: Tensor) -> Tensor:
+        """``x u^T``, shape ``(..., out)``."""
+        rows: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, x.shape[-1]), self.store.token, self
+        )
+        return rows.unflatten(0, x.shape[:-1]) if x.dim() > 1 else rows[0]
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their squares; each piece is overwritten by the next."""
+        q = self.store.value(self.name)
+        size = max(1, _PIECE // max(q.shape[1], 1))
+        buffer = torch.empty((min(size, len(q)), q.shape[1]), dtype=self.store.dtype)
+        unit = self.store.unit(self.name)
+        for start in range(0, len(q), size):
+            rows = slice(start, min(start + size, len(q)))
+            piece = buffer[: rows.stop - start].copy_(q[rows])
+            if unit:
+                piece *= 2.0**-unit
+            yield rows, piece.square_()
+
+
+class _Linear(torch.autograd.Function):
+    """A squared linear map, and the squared weight as a function of a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, weight: SquaredRows) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(x)
+        out = x.new_empty((len(x), weight.shape[0]))
+        for rows, piece in weight.pieces():
+            out[:, rows] = F.linear(x, piece)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        (x,), (gradient,) = ctx.saved_tensors, gradients
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = torch.zeros_like(x, memory_format=torch.contiguous_format)
+            for rows, piece in ctx.weight.pieces():
+                back.addmm_(gradient[:, rows], piece)
+        ctx.weight.store.receive(ctx.weight.name, gradient.t() @ x)
+        return back, None, None
+
+
+def unit_exponent(q: Tensor) -> int:
+    """Power of two next to the largest entry, rounded to even steps of 8 (0 for near 1)."""
+    if not q.numel():
+        return 0
+    peak = float(torch.linalg.vector_norm(q.detach(), math.inf))
+    if peak == 0 or not math.isfinite(peak):
+        return 0
+    exponent = math.frexp(peak)[1]
+    return exponent if abs(exponent) > 12 else 0
+
+
+def rescaled(g: Tensor, unit: int) -> Tensor:
+    """Gradient in the squared parameter from the gradient in its squared unit form."""
+    return g * 2.0 ** (-2 * unit) if unit else g
