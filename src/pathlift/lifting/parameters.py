@@ -208,10 +208,11 @@ class SquaredRows:
         unit = self.store.unit(self.name)
         for start in range(0, len(q), size):
             rows = slice(start, min(start + size, len(q)))
-            piece = buffer[: rows.stop - start].copy_(q[rows])
-            if unit:
-                piece *= 2.0**-unit
-            yield rows, piece.square_()
+            piece = buffer[: rows.stop - start]
+            part = q[rows]
+            if unit or part.dtype != piece.dtype:
+                part = torch.mul(piece.copy_(part), 2.0**-unit, out=piece)
+            yield rows, torch.mul(part, part, out=piece)
 
 
 class _Linear(torch.autograd.Function):
@@ -242,7 +243,7 @@ def unit_exponent(q: Tensor) -> int:
     """Power of two next to the largest entry, rounded to even steps of 8 (0 for near 1)."""
     if not q.numel():
         return 0
-    peak = float(torch.linalg.vector_norm(q.detach(), math.inf))
+    peak = max(abs(float(end)) for end in torch.aminmax(q.detach()))
     if peak == 0 or not math.isfinite(peak):
         return 0
     exponent = math.frexp(peak)[1]

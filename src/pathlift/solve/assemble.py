@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 Part = tuple[tuple[int, ...], list[tuple[int, Tensor]]]
 
 # Entries of a tensor that are worked on at a time where a copy is needed.
-_PIECE = 4_000_000
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -275,11 +275,14 @@ def _sides(
 
 
 def _log_sum(g: Tensor, full: bool) -> float:
-    """Sum of natural logarithms of positive entries, in float64, a piece at a time."""
+    """Sum of natural logarithms of positive entries: pieces in their dtype, their sums in float64.
+
+    A piece is short enough that its sum in single precision is as good as its entries are.
+    """
     rows = max(1, _PIECE * max(len(g), 1) // max(g.numel(), 1)) if g.dim() else 1
     pieces = g.split(rows) if g.dim() else [g]
     positive = (piece if full else piece[piece > 0] for piece in pieces)
-    return float(sum(float(piece.log().sum(dtype=torch.float64)) for piece in positive))
+    return math.fsum(float(piece.log().sum()) for piece in positive)
 
 
 def layers(group: RescalingGroup) -> NDArray[np.int64]:

@@ -547,22 +547,21 @@ def _pair(matrix: torch.Tensor, v: Array, u: Array) -> tuple[Array, Array]:
     """``M v`` and ``M^T u`` in float64.
 
     A float32 matrix is read once from memory: each piece of it is widened in the cache, for both
-    products.
+    products. All in NumPy: its threads and those of torch would wait for each other in turns.
     """
-    if matrix.dtype == torch.float64:
-        dense = matrix.numpy()
+    dense = matrix.numpy()
+    if dense.dtype == np.float64:
         return np.asarray(dense @ v), np.asarray(u @ dense)
-    right, left = torch.from_numpy(v), torch.from_numpy(u)
-    across = torch.empty(matrix.shape[0], dtype=torch.float64)
-    down = torch.zeros(matrix.shape[1], dtype=torch.float64)
-    rows = max(1, _PIECE // matrix.shape[1])
-    wide = torch.empty((rows, matrix.shape[1]), dtype=torch.float64)
-    for start in range(0, matrix.shape[0], rows):
-        part = matrix[start : start + rows]
-        piece = wide[: len(part)].copy_(part)
-        torch.mv(piece, right, out=across[start : start + rows])
-        down.addmv_(piece.t(), left[start : start + rows])
-    return across.numpy(), down.numpy()
+    across, down = np.empty(dense.shape[0]), np.zeros(dense.shape[1])
+    rows = max(1, _PIECE // dense.shape[1])
+    wide = np.empty((rows, dense.shape[1]))
+    for start in range(0, dense.shape[0], rows):
+        part = dense[start : start + rows]
+        piece = wide[: len(part)]
+        np.copyto(piece, part)
+        np.dot(piece, v, out=across[start : start + rows])
+        down += u[start : start + rows] @ piece
+    return across, down
 
 
 def _csr(forms: sparse.csr_array) -> sparse.csr_array:
