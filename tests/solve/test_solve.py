@@ -329,3 +329,28 @@ def test_an_mlp_takes_few_products():
     assert found.converged and found.gradient_norm <= 1e-10
     assert found.iterations <= 8 and found.matvecs <= 30
     assert seconds < 2.0  # 20 ms on two idle cores
+
+
+def chains(number, length, bits, seed):
+    """Chains of scales such as depthwise convolutions make: single entries between neighbours."""
+    rng = np.random.default_rng(seed)
+    h = number * length
+    n = np.arange(h)
+    eye = sparse.csr_array(sparse.identity(h))
+    inner = n[n % length < length - 1]
+    ends = [eye[n[n % length == 0]], -eye[n[n % length == length - 1]]]
+    forms = sparse.csr_array(
+        sparse.vstack([eye, -eye, *[eye[inner + 1] - eye[inner], *ends] * 9], dtype=np.float64)
+    )
+    g = np.exp2(rng.uniform(-bits, bits, forms.shape[0]))
+    linear = np.asarray(forms.sum(axis=0)).ravel()
+    free = np.full(h, np.inf)
+    return Problem(h, (), g, forms, 0.0, linear, len(g), -free, free, np.zeros(h, dtype=np.int64))
+
+
+@pytest.mark.parametrize("bits", [2, 10, 25])
+def test_chains_of_single_entries_take_few_products(bits):
+    found = newton(chains(40, 20, bits, seed=bits))
+    assert found.converged and found.matvecs <= 12
+    small = chains(3, 4, min(bits, 10), seed=bits)
+    assert newton(small, 1e-10).objective == pytest.approx(reference_minimum(small), rel=1e-8)

@@ -14,6 +14,7 @@ a matrix, so it is solved first (see ``_model_minimiser``), which removes most o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,6 +47,8 @@ _CLOSE_BITS = 12.0
 _MODEL_STAGES = 24
 _MODEL_STEPS = 8
 _DENSE_CORE = 32
+# Entries per scale up to which scales that share a form are taken together: few are filled in.
+_SPARSE = 8
 # Where a step would be too long, every entry is given at least this part of its weight at the
 # optimum: a channel whose entries all lost their weight has a slope and no curvature.
 _DAMPING = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -260,16 +263,15 @@ def preconditioner(
     ``weights``: per form. For a matrix with row weights a (sum S) and column weights c the model
     weight of entry (o, i) is ``a_o c_i / S``, so its part of ``E^T diag(w) E`` is
     ``rows^T diag(a) rows + cols^T diag(c) cols + (A C^T + C A^T) / S`` with ``A = rows^T a``,
-    ``C = cols^T c``. The first two terms are diagonal when every form has one scale, and are
-    replaced by a diagonal above them otherwise. The rest, and ``- mean mean^T``, is of low rank:
-    the inverse is the Woodbury formula. Held scales get zero.
+    ``C = cols^T c``. The first two terms, and single entries, are diagonal when every form has one
+    scale. Where forms have several, as single entries of chains of depthwise convolutions do, they
+    are a sparse matrix that is factored, or else are replaced by a diagonal above them. The rest,
+    and ``- mean mean^T``, is of low rank: the inverse is the Woodbury formula. Held scales get
+    zero.
     """
-    bound = operator.row_sum_bound() @ weights
-    top = float(bound.max(initial=0.0))
-    diagonal = bound * (1.0 + _RIDGE) + 1e-14 * top
-    inverse = np.where(free & (diagonal > 0), 1.0 / np.where(diagonal > 0, diagonal, 1.0), 0.0)
     blocks = len(operator.blocks)
     small = 2 * blocks + 1 <= _DENSE_CORE
+    inverse = _local_inverse(operator, weights, free, small)
     pair = 2 * np.arange(blocks)
     row = np.concatenate([pair, pair + 1, [2 * blocks]])
     col = np.concatenate([pair + 1, pair, [2 * blocks]])
@@ -278,22 +280,59 @@ def preconditioner(
     sums = operator.block_sums(weights)
     if small:
         dense = np.concatenate([sums.toarray(), mean[None, :]])
-        spread = dense * inverse
+        spread = inverse(dense.T).T
         core = spread @ dense.T
         core[row, col] += swap
         core_inverse = np.linalg.pinv(core)
         return lambda r: np.asarray(
-            (inverse * r - (core_inverse @ (spread @ r)) @ spread) / scale, dtype=np.float64
+            (inverse(r) - (core_inverse @ (spread @ r)) @ spread) / scale, dtype=np.float64
         )
     low = sparse.csr_array(sparse.vstack([sums, mean[None, :]], format="csr"))
-    thin = sparse.csr_array(low.multiply(inverse[None, :]))
+    thin = sparse.csr_array(low.multiply(inverse(np.ones(free.size))[None, :]))
     thin_t = sparse.csr_array(thin.T.tocsr())
     solve = _core_solver(sparse.csc_array((swap, (row, col)), shape=(row.size,) * 2) + thin @ low.T)
 
     def apply(r: Array) -> Array:
-        return np.asarray((inverse * r - thin_t @ solve(thin @ r)) / scale)
+        return np.asarray((inverse(r) - thin_t @ solve(thin @ r)) / scale)
 
     return apply
+
+
+def _local_inverse(
+    operator: Operator, weights: Array, free: BoolArray, coupled: bool
+) -> Precondition:
+    """Inverse of ``forms^T diag(weights) forms`` on the free scales, or of a diagonal above it.
+
+    ``coupled``: several scales of one form may be taken together. The result maps ``(H,)`` or
+    ``(H, n)``.
+    """
+    if coupled and operator.coupled:
+        local = sparse.csr_array(operator.forms_t @ sparse.diags_array(weights) @ operator.forms)
+        diagonal = local.diagonal()
+        top = float(diagonal.max(initial=0.0))
+        kept = np.flatnonzero(free & (diagonal > 0))
+        if kept.size > 0 and local.nnz <= _SPARSE * kept.size:
+            ridge = sparse.diags_array(_RIDGE * diagonal + 1e-14 * top)
+            square = sparse.csc_array(sparse.csr_array(local + ridge)[kept][:, kept])
+            with suppress(RuntimeError):  # singular in spite of the ridge
+                factors = _sparse_linalg.splu(
+                    square,
+                    permc_spec="MMD_AT_PLUS_A",
+                    diag_pivot_thresh=0.0,
+                    options={"SymmetricMode": True},
+                )
+
+                def factored(r: Array) -> Array:
+                    out = np.zeros_like(r)
+                    out[kept] = factors.solve(np.ascontiguousarray(r[kept]))
+                    return out
+
+                return factored
+    bound = operator.row_sum_bound() @ weights
+    top = float(bound.max(initial=0.0))
+    above = bound * (1.0 + _RIDGE) + 1e-14 * top
+    inverse = np.where(free & (above > 0), 1.0 / np.where(above > 0, above, 1.0), 0.0)
+    return lambda r: inverse * r if r.ndim == 1 else inverse[:, None] * r
 
 
 def _core_solver(core: sparse.csc_array) -> Precondition:

@@ -205,6 +205,11 @@ class Operator:
         """Whether T is the constant alone."""
         return not self.has_vector and not self.blocks
 
+    @property
+    def coupled(self) -> bool:
+        """Whether a row, a column or a single entry has more than one scale."""
+        return int(np.diff(self.forms.indptr).max(initial=0)) > 1
+
     def segments(self, block: int) -> tuple[slice, slice]:
         """Where the row and the column forms of a matrix lie among the stacked forms."""
         a, b, c = (int(x) for x in self._starts[2 * block : 2 * block + 3])
