@@ -42,15 +42,20 @@ def add_arguments(parser: Any) -> None:
     """The options of ``pathlift compare``."""
     add = parser.add_argument
     add("--methods", default="baseline,path,enorm", help=f"of {','.join(METHODS)}; or all")
-    add("--architectures", default="autoencoder:128-32-8", metavar="NAME:WIDTHS,…")
+    add(
+        "--architectures",
+        default="autoencoder:128-32-8",
+        metavar="NAME:WIDTHS,…",
+        help="such as mlp:64-32, autoencoder:128-32-8, convolutional:128, resnet18:64",
+    )
     add("--data", default="digits", help=f"of {','.join(DATA_SETS)}")
     known = ",".join(o for o in OPTIMIZERS if o != "path-sgd")
     add("--optimizers", default="sgd", help=f"of {known}")
     add("--rates", default="0.1,0.3,1,3,10", help="learning rates")
     add("--seeds", type=int, default=5, help="number of seeds, paired over methods")
-    add("--epochs", type=int, default=60)
-    add("--batch", type=int, default=128)
-    add("--initialization", choices=INITIALIZATIONS, default="pytorch")
+    add("--epochs", type=int, default=60, help="of every run (default: 60)")
+    add("--batch", type=int, default=128, help="samples per step (default: 128)")
+    add("--initialization", choices=INITIALIZATIONS, default="pytorch", help="of all weights")
     add("--every", type=int, default=5, help="epochs between conditionings of path-schedule")
     add("--samples", type=int, help="train on the first so many samples")
     add("--all-samples", action="store_true", help="train on everything, without a test set")
