@@ -31,6 +31,6 @@ def test_values_of_options() -> None:
     assert sorted(methods) == sorted(METHODS)
     assert sorted(named["data"]) == sorted(DATA_SETS)
     assert set(named["optimizers"]) == set(OPTIMIZERS) - {"path-sgd"}  # a method
-    data = Data("images", torch.zeros(4, 64), torch.zeros(4, dtype=torch.int64), 2)
+    labelled = Data("images", torch.zeros(4, 64), torch.zeros(4, dtype=torch.int64), 2)
     for name in named["architectures"]:
-        build(name, data)
+        build(name, Data("images", labelled.inputs, None) if name.startswith("auto") else labelled)
