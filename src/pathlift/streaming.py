@@ -84,7 +84,8 @@ def condition_checkpoint(
     its own, in float32 for the path kernel and float64 for the others. They lie in a temporary
     file beside ``output``, which the solver reads through the page cache: fast where they fit in
     free memory, else as fast as the disk. Free disk space for it: the size of a float32 checkpoint
-    for the path kernel, else twice that, at most.
+    for the path kernel, else twice that; twice more where hundreds of layers make the solver
+    normalise its matrices.
 
     Args:
         build: makes the model; called once, with every parameter put on the meta device as it is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -332,30 +333,34 @@ def _distinct_rows(solution: sp.csr_array) -> tuple[NDArray[np.int64], sp.csr_ar
     return label, basis
 
 
-def spanning_rows(spec: ParameterScales, basis: sp.csr_array) -> sp.csr_array:
-    """Exponent rows of a parameter that span all its rows (O + I of them, not O * I)."""
-    components = spec.components()
-    corners = []
-    blocks = []
-    for _, terms in components:
-        grids = torch.broadcast_tensors(*(ids for _, ids in terms))
-        flat = _spanning_entries([g.reshape(-1).numpy() for g in grids])
-        total = sp.csr_array((len(flat[0]), basis.shape[1]), dtype=np.int64)
-        for (coefficient, _), ids in zip(terms, flat, strict=True):
-            total = total + coefficient * basis[ids]
-        blocks.append(sp.csr_array(total))
-        corners.append(sp.csr_array(total[[0]]))
-    rows = []
-    for k, block in enumerate(blocks):
-        rest = [c for j, c in enumerate(corners) if j != k]
-        if rest:
-            shift = rest[0]
-            for c in rest[1:]:
-                shift = shift + c
-            ones = sp.csr_array(np.ones((block.shape[0], 1), dtype=np.int64))
-            block = sp.csr_array(block + ones @ shift)
-        rows.append(block)
-    return sp.csr_array(sp.vstack(rows)) if rows else sp.csr_array((0, basis.shape[1]))
+def spanning_rows(specs: Iterable[ParameterScales], basis: sp.csr_array) -> sp.csr_array:
+    """Exponent rows of parameters that span all their rows (O + I of them each, not O * I)."""
+    row: list[NDArray[np.int64]] = []
+    variable: list[NDArray[np.int64]] = []
+    coefficient: list[NDArray[np.int64]] = []
+    count = 0
+    for spec in specs:
+        entries = []
+        for _, terms in spec.components():
+            grids = torch.broadcast_tensors(*(ids for _, ids in terms))
+            flat = _spanning_entries([g.reshape(-1).numpy() for g in grids])
+            entries.append([(c, ids) for (c, _), ids in zip(terms, flat, strict=True)])
+        for k, component in enumerate(entries):
+            n = len(component[0][1])
+            # the other components stand at their first entry
+            others = [
+                (c, ids[:1].repeat(n)) for j, e in enumerate(entries) if j != k for c, ids in e
+            ]
+            for c, ids in [*component, *others]:
+                row.append(np.arange(count, count + n))
+                variable.append(ids)
+                coefficient.append(np.full(n, c))
+            count += n
+    if not count:
+        return sp.csr_array((0, basis.shape[1]), dtype=np.int64)
+    index = (np.concatenate(row), np.concatenate(variable))
+    forms = sp.csr_array((np.concatenate(coefficient), index), shape=(count, basis.shape[0]))
+    return sp.csr_array(forms @ basis)
 
 
 def _spanning_entries(ids: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
@@ -381,8 +386,7 @@ def _spanning_entries(ids: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
 def _restrict_to_effect(basis: sp.csr_array, specs: dict[str, ParameterScales]) -> sp.csr_array:
     """Drop free scales (and combinations of them) that change no parameter."""
     count = basis.shape[1]
-    blocks = [spanning_rows(spec, basis) for spec in specs.values() if spec.terms]
-    rows = sp.csr_array(sp.vstack(blocks)) if blocks else sp.csr_array((0, count), dtype=np.int64)
+    rows = spanning_rows((spec for spec in specs.values() if spec.terms), basis)
     rows.sum_duplicates()
     rows.eliminate_zeros()
     rows.sort_indices()

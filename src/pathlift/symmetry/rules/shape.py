@@ -218,18 +218,19 @@ def pad(
     for d in sorted(padded):
         k = 2 * (rank - 1 - d)
         before, after = widths[k], widths[k + 1]
+        if ids.size(d) and (ids.stride(d) == 0 or ids.size(d) == 1):
+            # zeros take any scale: their neighbour's
+            wide = [n + before + after if i == d else n for i, n in enumerate(ids.shape)]
+            ids = ids.narrow(d, 0, 1).expand(wide)
+            continue
         start, stop = max(-before, 0), ids.size(d) - max(-after, 0)
         parts = [ids.narrow(d, start, stop - start)]
         for count, front in ((before, True), (after, False)):
             if count > 0:
-                edge = [1 if i == d or ids.stride(i) == 0 else n for i, n in enumerate(ids.shape)]
+                edge = [1 if ids.stride(i) == 0 else n for i, n in enumerate(ids.shape)]
                 wide = list(ids.shape)
-                wide[d] = count
-                if ids.stride(d) == 0 or ids.size(d) == 1:
-                    zeros = parts[0].narrow(d, 0, 1).expand(wide)  # any scale: the neighbour's
-                else:
-                    edge[d] = count
-                    zeros = inf.fresh(edge).expand(wide)
+                edge[d] = wide[d] = count
+                zeros = inf.fresh(edge).expand(wide)
                 parts.insert(0, zeros) if front else parts.append(zeros)
         ids = compact(torch.cat(parts, d))
     return Form(shape, ((1, ids),))
