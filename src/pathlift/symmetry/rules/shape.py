@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from pathlift.capture import operation, shape_of
 from pathlift.symmetry.inference import Inference, Result, refuse, rule
-from pathlift.symmetry.scales import Form, Value, compact
+from pathlift.symmetry.scales import Form, Value, compact, varying
 
 
 def _reshape(ids: Tensor, shape: Sequence[int]) -> Tensor:
@@ -376,8 +376,20 @@ def write(
         return Value(shape, Form(shape), zero=True)
     if inf.form(x).pinned and inf.form(source).pinned and not x.zero and not source.zero:
         return Form(shape)
-    written = node.target(inf.single(x).contiguous(), inf.single(source), *args, **kwargs)  # type: ignore[operator]
-    return Form(shape, ((1, compact(written)),))
+    base, part = inf.single(x), inf.single(source)
+    name = operation(node)
+    if name in ("select_scatter", "slice_scatter"):
+        # one position stands for all along the dimensions in which neither varies
+        dim = (args[0] if args else kwargs.get("dim", 0)) % base.dim()
+        if name == "select_scatter":
+            part = part.unsqueeze(dim)
+        moving = varying(base) | varying(part) | {dim}
+        index = tuple(slice(None) if d in moving else slice(0, 1) for d in range(base.dim()))
+        base, part = base[index], part[index]
+        if name == "select_scatter":
+            part = part.squeeze(dim)
+    written = node.target(base.contiguous(), part, *args, **kwargs)  # type: ignore[operator]
+    return Form(shape, ((1, compact(written).expand(shape)),))
 
 
 @rule("im2col", "unfold_copy_off")
