@@ -16,7 +16,7 @@ test: .venv/installed
 # Hours of models: random scales keep every bit of each one. Rows that docs/zoo.json holds are kept;
 # `make zoo FRESH=--fresh` starts again.
 zoo: .venv/installed
-	$(BIN)/python -m pytest -q -m zoo tests/zoo
+	$(BIN)/python -m pytest -q -m zoo
 	$(BIN)/python tests/zoo/survey.py $(FRESH)
 
 bench: .venv/installed
