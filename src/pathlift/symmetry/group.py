@@ -308,27 +308,26 @@ def _distinct_rows(solution: sp.csr_array) -> tuple[NDArray[np.int64], sp.csr_ar
     unit = solution.data[first] == 1
     simple = np.flatnonzero(single)[unit]
     label[simple] = solution.indices[solution.indptr[simple]] + 1
-    rows = [(i, 1) for i in range(solution.shape[1])]
-    data = [np.ones(len(rows), dtype=np.int64)]
-    row_index, col_index = [np.arange(1, len(rows) + 1)], [np.arange(len(rows))]
-    extra: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-    others = np.flatnonzero(counts > 0)
-    others = np.setdiff1d(others, simple, assume_unique=True)
-    for r in others.tolist():
-        part = slice(solution.indptr[r], solution.indptr[r + 1])
-        key = (
-            tuple(solution.indices[part].tolist()),
-            tuple(solution.data[part].tolist()),
-        )
-        if key not in extra:
-            extra[key] = len(rows) + 1 + len(extra)
-            row_index.append(np.full(len(key[0]), extra[key]))
-            col_index.append(np.array(key[0], dtype=np.int64))
-            data.append(np.array(key[1], dtype=np.int64))
-        label[r] = extra[key]
+    count = solution.shape[1]
+    row = [np.arange(1, count + 1)]
+    column = [np.arange(count)]
+    data = [np.ones(count, dtype=np.int64)]
+    total = count + 1
+    others = np.setdiff1d(np.flatnonzero(counts > 0), simple, assume_unique=True)
+    for n in np.unique(counts[others]).tolist():
+        several = others[counts[others] == n]
+        at = solution.indptr[several][:, None] + np.arange(n)
+        keys = np.concatenate([solution.indices[at], solution.data[at]], axis=1)
+        distinct, which = np.unique(keys, axis=0, return_inverse=True)
+        number = np.arange(total, total + len(distinct))
+        label[several] = number[which.reshape(-1)]
+        row.append(np.repeat(number, n))
+        column.append(distinct[:, :n].reshape(-1))
+        data.append(distinct[:, n:].reshape(-1))
+        total += len(distinct)
     basis = sp.csr_array(
-        (np.concatenate(data), (np.concatenate(row_index), np.concatenate(col_index))),
-        shape=(len(rows) + 1 + len(extra), solution.shape[1]),
+        (np.concatenate(data), (np.concatenate(row), np.concatenate(column))),
+        shape=(total, count),
     )
     return label, basis
 

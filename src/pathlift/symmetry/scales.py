@@ -18,16 +18,15 @@ from torch import Tensor
 
 def varying(ids: Tensor) -> frozenset[int]:
     """The dimensions along which ``ids`` may vary (size above 1 and not expanded)."""
-    return frozenset(d for d in range(ids.dim()) if ids.size(d) > 1 and ids.stride(d) != 0)
+    sizes = zip(ids.shape, ids.stride(), strict=True)
+    return frozenset(d for d, (n, s) in enumerate(sizes) if n > 1 and s)
 
 
 def collapse(ids: Tensor) -> Tensor:
     """``ids`` with size 1 along every dimension it does not vary in."""
-    index = tuple(
-        slice(None) if ids.size(d) > 1 and ids.stride(d) != 0 else slice(0, 1)
-        for d in range(ids.dim())
-    )
-    return ids[index] if ids.dim() else ids
+    stride = ids.stride()
+    size = [n if n > 1 and s else min(n, 1) for n, s in zip(ids.shape, stride, strict=True)]
+    return ids.as_strided(size, stride, ids.storage_offset())
 
 
 def compact(ids: Tensor) -> Tensor:
