@@ -26,9 +26,9 @@ from scipy import optimize
 from torch import Tensor, nn
 
 import pathlift
+from conditioning import torchvision_model
 from pathlift.lifting.dense import list_paths, logdet_divergence
 from pathlift.theory import INITIALIZATIONS, expected_log2_scales, predict_log2_scales
-from phases import torchvision_model
 
 Array = NDArray[np.float64]
 
