@@ -178,3 +178,12 @@ def test_infinite_padding_in_front_of_a_max_pool() -> None:
     report = pathlift.condition_(model, x)
     assert np.isfinite(report.imbalance_after)
     assert torch.equal(before, model(x))
+
+
+def test_a_tolerance_that_is_not_reached_is_said() -> None:
+    report = pathlift.condition_(mlp(6, 9, 4, 3), torch.randn(2, 6))
+    assert report.converged and "above the tolerance" not in str(report)
+    report = pathlift.condition_(mlp(6, 9, 4, 3), torch.randn(2, 6), tol=1e-300)
+    assert not report.converged and "passes, above the tolerance" in str(report)
+    assert report.to_dict()["converged"] is False
+    assert report.imbalance_after <= report.imbalance_before

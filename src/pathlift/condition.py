@@ -229,6 +229,7 @@ def summarised(
         imbalance_before=assembled.imbalance(np.zeros(group.num_scales)),
         imbalance_after=assembled.imbalance(scales.astype(np.float64)),
         gradient_norm=solution.gradient_norm,
+        converged=solution.converged,
         iterations=solution.iterations,
         dead_channels=len(assembled.dead),
         log2_scales=torch.from_numpy(scales),

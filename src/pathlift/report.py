@@ -30,6 +30,8 @@ class ConditioningReport:
         passes: how often the solver read the reduced matrices (a product with each and one with
             its transpose count as one pass).
         reduced_bytes: their size.
+        converged: whether the certificate is at most the tolerance asked for. If not, the scales
+            are those of the best point found: no worse than none, and not the optimum.
     """
 
     num_scales: int
@@ -46,6 +48,7 @@ class ConditioningReport:
     seconds: dict[str, float] = field(default_factory=dict)
     passes: int = 0
     reduced_bytes: int = 0
+    converged: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings, ready for JSON."""
@@ -70,7 +73,7 @@ class ConditioningReport:
             (
                 "certificate",
                 f"{self.gradient_norm:.1e} after {self.iterations} iterations, "
-                f"{self.passes} passes",
+                f"{self.passes} passes{'' if self.converged else ', above the tolerance'}",
             ),
             ("outputs", outputs),
             ("rounding", "powers of two" if exact else "none (continuous scales)"),
