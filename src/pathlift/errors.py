@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class PathliftError(Exception):
     """Base class of all errors raised by pathlift."""
@@ -9,6 +11,12 @@ class PathliftError(Exception):
 
 class ArgumentError(PathliftError, ValueError):
     """An argument has the wrong type, shape or value."""
+
+
+def unknown(what: str, name: object, known: Iterable[str], more: str = "") -> ArgumentError:
+    """The error for a name that is not among the known ones; ``more``: what else may be given."""
+    names = ", ".join(map(repr, known))
+    return ArgumentError(f"{what} {name!r} is unknown. Supported: {names}{more}.")
 
 
 class CaptureError(PathliftError):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pathlift.apply import extent, extent_bounds
 from pathlift.capture import Program, capture
 from pathlift.criteria import Coefficients
-from pathlift.errors import ArgumentError, PathliftError
+from pathlift.errors import ArgumentError, PathliftError, unknown
 from pathlift.lifting.squared import diagonal
 from pathlift.solve import solve
 from pathlift.solve.assemble import assemble
@@ -63,10 +63,8 @@ def weight_variance(initialization: str, fan_in: int, fan_out: int, gain: float 
         "orthogonal": 1 / max(fan_in, fan_out),
     }
     if initialization not in variances:
-        raise ArgumentError(
-            f"initialization {initialization!r} is unknown. Supported: "
-            f"{', '.join(map(repr, INITIALIZATIONS))}, or one variance per layer."
-        )
+        more = ", or one variance per layer"
+        raise unknown("initialization", initialization, INITIALIZATIONS, more)
     return gain**2 * variances[initialization]
 
 
@@ -151,8 +149,7 @@ def _layers(
     if not isinstance(bias, str):
         biases = _variances("bias", bias, len(fans), positive=False)
     elif bias not in BIASES:
-        known = ", ".join(map(repr, BIASES))
-        raise ArgumentError(f"bias {bias!r} is unknown. Supported: {known}, or variances.")
+        raise unknown("bias", bias, BIASES, ", or variances")
     else:
         share = {"pytorch": 1 / 3, "zero": 0.0, "none": None}[bias]
         biases = None if share is None else np.array([share / a for a, _ in fans])

@@ -10,7 +10,7 @@ from pathlift.criteria.fisher import fisher, squared_gradients
 from pathlift.criteria.path_kernel import path_kernel
 from pathlift.criteria.protocol import Coefficients, Criterion, Sink, given, relative
 from pathlift.criteria.weights import weight_norm, weight_range
-from pathlift.errors import ArgumentError
+from pathlift.errors import ArgumentError, unknown
 
 CRITERIA: dict[str, Criterion] = {
     "path-kernel": path_kernel,
@@ -39,11 +39,8 @@ def as_criterion(
     elif criterion in CRITERIA:
         found = CRITERIA[criterion]
     else:
-        known = ", ".join(map(repr, CRITERIA))
-        raise ArgumentError(
-            f"criterion {criterion!r} is unknown. Supported: {known}, "
-            f"pathlift.criteria.fisher(...), or a mapping of parameter name to coefficients."
-        )
+        more = ", pathlift.criteria.fisher(...), or a mapping of parameter name to coefficients"
+        raise unknown("criterion", criterion, CRITERIA, more)
     return found if reference is None else relative(found, reference)
 
 

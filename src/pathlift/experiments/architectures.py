@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pathlift.errors import ArgumentError
+from pathlift.errors import ArgumentError, unknown
 from pathlift.experiments.data import Data
 
 
@@ -146,10 +146,7 @@ def build(
             f"autoencoder:128-32-8 (widths down to the code), convolutional:16, resnet18:8 (width)."
         )
     if initialization not in INITIALIZATIONS:
-        raise ArgumentError(
-            f"initialization {initialization!r} is unknown. Supported: "
-            f"{', '.join(map(repr, INITIALIZATIONS))}."
-        )
+        raise unknown("initialization", initialization, INITIALIZATIONS)
     if (kind == "autoencoder") != (data.kind == "reconstruction"):
         raise ArgumentError(
             f"architecture {name!r} does not fit data {data.name!r}, whose task is {data.kind}: "

@@ -32,7 +32,7 @@ from pathlift.experiments.summary import (
     summarise_setting,
     table_rows,
 )
-from pathlift.experiments.sweep import Place, grid, sweep
+from pathlift.experiments.sweep import add_place_arguments, grid, place_of, sweep
 
 LABELS = {name: method.label for name, method in METHODS.items()}
 Progress = Callable[[str], object]
@@ -62,11 +62,7 @@ def add_arguments(parser: Any) -> None:
     add("--norm", action="store_true", help="batch norm in every network")
     add("--target", help="loss=0.25 or accuracy=0.99; else what the baseline reaches half-way")
     add("-o", "--output", type=Path, default=Path("comparison"), help="folder of page and store")
-    add("--root", help="folder of data files")
-    add("--download", action="store_true", help="fetch missing data from OpenML")
-    add("--device", default="cpu", help="such as cuda")
-    add("--processes", type=int, default=1, help="of one thread each")
-    add("--dask", help="tcp://host:port of a scheduler, or local:3")
+    add_place_arguments(parser)
     add("--job-cells", type=int, default=64, help="cells that train together at most")
 
 
@@ -95,7 +91,7 @@ def run(args: Any, progress: Progress) -> dict[str, Any]:
     rows = sweep(
         cells,
         Store(args.output / "cells"),
-        place=Place(args.root, args.download, args.device, 1 if args.device == "cpu" else None),
+        place=place_of(args),
         processes=args.processes,
         dask=args.dask,
         job_cells=args.job_cells,

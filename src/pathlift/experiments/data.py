@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathlift.errors import ArgumentError, PathliftError
+from pathlift.errors import ArgumentError, PathliftError, unknown
 from pathlift.experiments.optional import need
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
@@ -95,8 +95,7 @@ def load(
     if name in _EMBEDDED:
         return _held_out(_EMBEDDED[name](), split)
     if name not in _FILES:
-        known = ", ".join(map(repr, DATA_SETS))
-        raise ArgumentError(f"data {name!r} is unknown. Supported: {known}.")
+        raise unknown("data", name, DATA_SETS)
     parts = ("train", "test") if split == "all" else (split,)
     found = [_images(name, root, part, download) for part in parts]
     images, labels = (np.concatenate(arrays) for arrays in zip(*found, strict=True))

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import pathlift
 from pathlift.criteria import Criterion, fisher
-from pathlift.errors import ArgumentError, UnsupportedOperationError
+from pathlift.errors import UnsupportedOperationError, unknown
 from pathlift.experiments.architectures import mlp
 from pathlift.experiments.data import Data
 from pathlift.experiments.training import Recondition
@@ -86,8 +86,7 @@ def method_named(name: str) -> Method:
         ArgumentError: an unknown name; the message lists the known ones.
     """
     if name not in METHODS:
-        known = ", ".join(map(repr, METHODS))
-        raise ArgumentError(f"method {name!r} is unknown. Supported: {known}.")
+        raise unknown("method", name, METHODS)
     return METHODS[name]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathlift.errors import ArgumentError
+from pathlift.errors import ArgumentError, unknown
 
 Slots = dict[str, Tensor]
 Update = Callable[[Tensor, Tensor, Slots, Tensor, int], None]
@@ -53,8 +53,7 @@ def optimizer_named(name: str) -> Rule:
         ArgumentError: an unknown name; the message lists the known ones.
     """
     if name not in OPTIMIZERS:
-        known = ", ".join(map(repr, OPTIMIZERS))
-        raise ArgumentError(f"optimizer {name!r} is unknown. Supported: {known}.")
+        raise unknown("optimizer", name, OPTIMIZERS)
     return OPTIMIZERS[name]
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,12 +46,19 @@ from pathlift.experiments.summary import (
     summarise_setting,
     table_rows,
 )
-from pathlift.experiments.sweep import Cell, Place, grid, sweep
+from pathlift.experiments.sweep import Cell, Place, add_place_arguments, grid, place_of, sweep
 from pathlift.experiments.training import epoch_seconds
 from pathlift.theory import expected_log2_scales
 
 Progress = Callable[[str], object]
-Table = tuple[Sequence[str], list[Sequence[str]]]
+
+
+class Table(NamedTuple):
+    """Headings and lines of cells; a table with a title is folded away under it on the page."""
+
+    head: Sequence[str]
+    lines: list[Sequence[str]]
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -286,7 +293,7 @@ def _study_table(
     for (x, setting), f in zip(ordered, found, strict=True):
         for cells in table_rows(f, LABELS):
             lines.append((f"{x:.3g}", setting.data, f["target"]["text"], *cells))
-    return head, lines
+    return Table(head, lines)
 
 
 def _equal_table(
@@ -303,7 +310,7 @@ def _equal_table(
             losses = [equal_loss(e, j == 0) for j, e in enumerate(entries)]
             epochs = [equal_epochs(e, j == 0) for j, e in enumerate(entries)]
             lines.append((f"{x:.3g}", f"{rate:g}", *losses, *epochs))
-    return head, lines
+    return Table(head, lines, "At equal rates")
 
 
 def _findings(ordered: list[tuple[float, Setting]], found: list[dict[str, Any]]) -> list[str]:
@@ -448,7 +455,7 @@ def _scales(name: str, small: bool, run: Run) -> Result:
         "prediction knows widths and initial scale alone; what it misses is each channel's own "
         "sample.",
     ]
-    return Result(drawn, [(head, lines)], findings)
+    return Result(drawn, [Table(head, lines)], findings)
 
 
 def _draw_scales(series: list[tuple[float, float, float, float, float]], label: str) -> Any:
@@ -515,7 +522,7 @@ def _cost(name: str, small: bool, run: Run) -> Result:
         f"the graph is nearly all of it.",
     ]
     caption = "Seconds of the solve against the number of parameters, for both solvers."
-    return Result([(f"{name}-seconds", caption)], [(head, lines)], findings)
+    return Result([(f"{name}-seconds", caption)], [Table(head, lines)], findings)
 
 
 def _condition_seconds(architecture: str, data: Data, solver: str) -> tuple[float, float]:
@@ -602,11 +609,7 @@ def add_arguments(parser: Any) -> None:
     add("name", choices=[*EXPERIMENTS, "all"])
     add("--small", action="store_true", help="on embedded data, in minutes on one core")
     add("-o", "--output", type=Path, default=Path("docs/reproduced"))
-    add("--root", help="folder of data files")
-    add("--download", action="store_true", help="fetch missing data from OpenML")
-    add("--device", default="cpu", help="such as cuda")
-    add("--processes", type=int, default=1, help="of one thread each")
-    add("--dask", help="tcp://host:port of a scheduler, or local:3")
+    add_place_arguments(parser)
 
 
 def main(args: Any, progress: Progress) -> dict[str, Any]:
@@ -614,8 +617,7 @@ def main(args: Any, progress: Progress) -> dict[str, Any]:
     if args.processes < 1:
         raise ArgumentError(f"--processes must be at least 1; found {args.processes}.")
     args.output.mkdir(parents=True, exist_ok=True)
-    place = Place(args.root, args.download, args.device, 1 if args.device == "cpu" else None)
-    run = Run(args.output, place, args.processes, args.dask, progress)
+    run = Run(args.output, place_of(args), args.processes, args.dask, progress)
     names = list(EXPERIMENTS) if args.name == "all" else [args.name]
     for name in names:
         progress(f"{name}{' (small)' if args.small else ''}")
@@ -680,13 +682,13 @@ half-way.
 def _csv(table: Table) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([table[0], *table[1]])
+    writer.writerows([table.head, *table.lines])
     return buffer.getvalue()
 
 
 def _markdown(table: Table) -> str:
-    lines = [table[0], ["---"] * len(table[0]), *table[1]]
+    lines = [table.head, ["---"] * len(table.head), *table.lines]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    if table[0][1] == "rate":
-        text = f"<details><summary>At equal rates</summary>\n\n{text}\n\n</details>"
+    if table.title:
+        text = f"<details><summary>{table.title}</summary>\n\n{text}\n\n</details>"
     return text

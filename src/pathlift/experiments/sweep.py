@@ -97,6 +97,21 @@ class Place:
     threads: int | None = 1
 
 
+def add_place_arguments(parser: Any) -> None:
+    """The options of a command that say where its jobs run; see :func:`place_of`."""
+    add = parser.add_argument
+    add("--root", help="folder of data files")
+    add("--download", action="store_true", help="fetch missing data from OpenML")
+    add("--device", default="cpu", help="such as cuda")
+    add("--processes", type=int, default=1, help="of one thread each")
+    add("--dask", help="tcp://host:port of a scheduler, or local:3")
+
+
+def place_of(args: Any) -> Place:
+    """The place that the options name: one thread per job on a CPU."""
+    return Place(args.root, args.download, args.device, 1 if args.device == "cpu" else None)
+
+
 def grid(
     methods: Sequence[str],
     architectures: Sequence[str],

@@ -227,14 +227,32 @@ class _Bench:
         return time.perf_counter() - start
 
 
-class _Stack:
-    """Stacked networks, their optimisers' state, and which runs are still finite.
+class _Runs:
+    """What stacked runs and a run alone have in common.
 
     Attributes:
+        data: what they learn.
         index: (count,) numbers of the runs that are left.
         alive: (count,) False where the loss has left the finite numbers in this epoch.
         seconds: (count,) spent on conditioning in this epoch.
+        steps: taken so far.
     """
+
+    def __init__(self, count: int, data: Data) -> None:
+        device = data.inputs.device
+        self.data = data
+        self.index = torch.arange(count, device=device)
+        self.alive = torch.ones(count, dtype=torch.bool, device=device)
+        self.seconds = torch.zeros(count, dtype=torch.float64)
+        self.steps = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.index)
+
+
+class _Stack(_Runs):
+    """Stacked networks and their optimisers' state."""
 
     def __init__(
         self,
@@ -244,6 +262,7 @@ class _Stack:
         data: Data,
         rule: Rule,
     ) -> None:
+        super().__init__(len(models), data)
         device = data.inputs.device
         named = [dict(m.named_parameters()) for m in models]
         learnt = {n for n, p in named[0].items() if p.requires_grad}
@@ -259,17 +278,9 @@ class _Stack:
             for n, t in self.parameters.items()
         }
         self.skeleton = copy.deepcopy(models[0]).to(device).train()
-        self.rule, self.data, self.schedules = rule, data, schedules
+        self.rule, self.schedules = rule, schedules
         self.rates = torch.tensor(rates, dtype=data.inputs.dtype, device=device)
-        self.index = torch.arange(len(models), device=device)
-        self.alive = torch.ones(len(models), dtype=torch.bool, device=device)
-        self.seconds = torch.zeros(len(models), dtype=torch.float64)
-        self.steps = 0
         self._bench: _Bench | None = None
-
-    @property
-    def count(self) -> int:
-        return len(self.index)
 
     def epoch_(self, epoch: int, batches: _Batches) -> tuple[Tensor, Tensor]:
         """One pass over the data: mean loss and accuracy, each (count,)."""
@@ -386,7 +397,7 @@ class _Stack:
         return seconds
 
 
-class _Alone:
+class _Alone(_Runs):
     """One network with its ``torch.optim`` optimisers: the loop everybody writes."""
 
     def __init__(
@@ -397,19 +408,11 @@ class _Alone:
         data: Data,
         rule: Rule,
     ) -> None:
-        device = data.inputs.device
-        self.model = copy.deepcopy(models[0]).to(device).train()
+        super().__init__(1, data)
+        self.model = copy.deepcopy(models[0]).to(data.inputs.device).train()
         self.optimizers = rule.torch(self.model, float(rates[0]), data.inputs[:2])
         self.bench = _Bench(self.model, self.optimizers, data)
-        self.schedule, self.data = schedules[0], data
-        self.index = torch.zeros(1, dtype=torch.int64, device=device)
-        self.alive = torch.ones(1, dtype=torch.bool, device=device)
-        self.seconds = torch.zeros(1, dtype=torch.float64)
-        self.steps = 0
-
-    @property
-    def count(self) -> int:
-        return len(self.index)
+        self.schedule = schedules[0]
 
     def epoch_(self, epoch: int, batches: _Batches) -> tuple[Tensor, Tensor]:
         """One pass over the data: mean loss and accuracy, each (1,)."""

@@ -96,10 +96,6 @@ class DroppedParameters:
         """Whether the name is that of a lifted parameter."""
         return name in self._names
 
-    def shape(self, name: str) -> torch.Size:
-        """Shape of a parameter."""
-        return self._program.parameters[name].shape
-
     def value(self, name: str) -> Tensor:
         """A parameter's values on the host, not to be written to."""
         return self._program.value(name).cpu()
@@ -115,8 +111,9 @@ class DroppedParameters:
         ``by_rows``: it is the weight of one linear map and used nowhere else.
         """
         if by_rows and self._program.parameters[name].numel() >= _LARGE:
-            self.units[name] = unit_exponent(self._program.value(name))
-            return SquaredRows(self, name)
+            value = self.value(name)
+            self.units[name] = unit_exponent(value)
+            return SquaredRows(self, name, value)
         u: Tensor = _Square.apply(self.token, self, name)  # type: ignore[no-untyped-call]
         address = u.untyped_storage().data_ptr()
         if address:
@@ -181,9 +178,12 @@ class SquaredRows:
     hands fresh memory out a page at a time.
     """
 
-    def __init__(self, store: DroppedParameters, name: str) -> None:
+    def __init__(self, store: DroppedParameters, name: str, value: Tensor) -> None:
         self.store, self.name = store, name
-        self.shape = store.shape(name)
+        self.shape = value.shape
+        # Reading a parameter may cost a file or a gather: the forward pass uses what was read for
+        # the unit, and lets it go.
+        self._value: Tensor | None = value
 
     def dim(self) -> int:
         """Two."""
@@ -202,7 +202,8 @@ class SquaredRows:
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and their squares; each piece is overwritten by the next."""
-        q = self.store.value(self.name)
+        q = self.store.value(self.name) if self._value is None else self._value
+        self._value = None
         size = max(1, _PIECE // max(q.shape[1], 1))
         buffer = torch.empty((min(size, len(q)), q.shape[1]), dtype=self.store.dtype)
         unit = self.store.unit(self.name)
