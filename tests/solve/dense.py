@@ -9,6 +9,8 @@ import torch
 from scipy import sparse
 from scipy.special import logsumexp
 
+from pathlift.lifting.product import Product
+from pathlift.lifting.product import dense as formed
 from pathlift.solve import MatrixBlock, Problem
 
 LN2 = np.log(2.0)
@@ -50,7 +52,8 @@ class Dense:
 def enumerate_entries(problem: Problem) -> Dense:
     g, rows = [], []
     for block in problem.blocks:
-        matrix, left, right = block.matrix.numpy(), block.rows.toarray(), block.cols.toarray()
+        matrix = formed(block.matrix).numpy()
+        left, right = block.rows.toarray(), block.cols.toarray()
         for o in range(matrix.shape[0]):
             for i in range(matrix.shape[1]):
                 g.append(float(matrix[o, i]))
@@ -90,7 +93,7 @@ def counted(blocks, vector, vector_forms, h, constant=0.0, lower=None, upper=Non
     )
     linear, count = np.zeros(h), 0
     for block in blocks:
-        positive = (block.matrix > 0).numpy().astype(float)
+        positive = (formed(block.matrix) > 0).numpy().astype(float)
         linear += block.rows.T @ positive.sum(1) + block.cols.T @ positive.sum(0)
         count += int(positive.sum())
     positive = (np.asarray(vector) > 0).astype(float)
@@ -127,14 +130,23 @@ def mlp(widths, seed=0, spread=1.0, bias=True, scale=lambda layer: 1.0, bound=No
 
 
 def random_problem(seed, *, general=False, extreme=False, bounded=False, zeros=True):
-    """Small random problem; ``general``: several scales per form, exponents up to 2 in size."""
+    """Small random problem; ``general``: several scales per form, exponents up to 2 in size.
+
+    Some matrices are products of one row or of several.
+    """
     rng = np.random.default_rng(seed)
     h = int(rng.integers(1, 6))
     reach = 600.0 if extreme else 4.0
 
-    def values(shape):
-        size = 2.0 ** rng.uniform(-reach, reach, shape)
-        return np.where(rng.random(shape) < 0.2, 0.0, size) if zeros else size
+    def values(shape, part=1.0):
+        size = 2.0 ** rng.uniform(-reach * part, reach * part, shape)
+        return np.where(rng.random(shape) < 0.2 * part, 0.0, size) if zeros else size
+
+    def matrix(r, c):
+        if rng.random() < 0.5:
+            return torch.from_numpy(values((r, c)))
+        t = int(rng.integers(1, 4))
+        return Product(*(torch.from_numpy(values((t, n), 0.5)) for n in (r, c)))
 
     def forms(n, sign):
         if general:
@@ -145,7 +157,7 @@ def random_problem(seed, *, general=False, extreme=False, bounded=False, zeros=T
     blocks = []
     for _ in range(int(rng.integers(0, 4))):
         r, c = rng.integers(1, 5, 2)
-        blocks.append(MatrixBlock(torch.from_numpy(values((r, c))), forms(r, 1), forms(c, -1)))
+        blocks.append(MatrixBlock(matrix(r, c), forms(r, 1), forms(c, -1)))
     n = int(rng.integers(0, 6))
     # each scale enters and leaves some entry, so that a minimiser exists
     tail = sparse.vstack([sparse.eye_array(h), -sparse.eye_array(h)])

@@ -276,20 +276,20 @@ def test_weight_norm_objective_without_linear_term():
 @given(seeds, flags, flags)
 def test_large_float32_matrices_are_widened_in_pieces(seed, general, extreme):
     problem = dense.random_problem(seed, general=general, extreme=extreme)
-    values = [torch.nan_to_num(b.matrix.float(), posinf=1e38) for b in problem.blocks]
+    values = [torch.nan_to_num(dense.formed(b.matrix).float(), posinf=1e38) for b in problem.blocks]
     pairs = list(zip(problem.blocks, values, strict=True))
     single = replace(problem, blocks=tuple(replace(b, matrix=m) for b, m in pairs))
     double = replace(problem, blocks=tuple(replace(b, matrix=m.double()) for b, m in pairs))
     rng = np.random.default_rng(seed)
     reference = Operator(double)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pathlift.solve.problem._PIECE", 5)
+        patch.setattr("pathlift.solve.matrix._PIECE", 5)
         pieces = Operator(single)
     for reach in (1.0, 300.0):
         s = rng.uniform(-reach, reach, problem.num_scales)
         d = rng.standard_normal(problem.num_scales)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pathlift.solve.problem._PIECE", 5)
+            patch.setattr("pathlift.solve.matrix._PIECE", 5)
             at = pieces.evaluate(s)
             product = pieces.hessian_product(at, d)
         expected = reference.evaluate(s)

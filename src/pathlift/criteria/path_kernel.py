@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pathlift.capture import Program
 from pathlift.criteria.protocol import Criterion, Sink
+from pathlift.lifting.product import Product
 from pathlift.lifting.squared import stream_diagonal
 
 
@@ -21,7 +22,7 @@ def _hand_on(program: Program, sink: Sink) -> dict[str, int]:
     )
     if narrow:
 
-        def checked(name: str, g: Tensor) -> None:
+        def checked(name: str, g: Tensor | Product) -> None:
             if not _in_range(g):
                 raise _LeavesRange
             sink(name, g)
@@ -44,8 +45,8 @@ class _LeavesRange(Exception):
 path_kernel = Criterion(_hand_on)
 
 
-def _in_range(g: Tensor) -> bool:
+def _in_range(g: Tensor | Product) -> bool:
     if not g.numel():
         return True
-    low, high = (float(v) for v in g.aminmax())
+    low, high = g.bounds() if isinstance(g, Product) else (float(v) for v in g.aminmax())
     return low > 1e-36 and high < 1e36

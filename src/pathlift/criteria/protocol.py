@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pathlift.capture import Program
 from pathlift.errors import ArgumentError
+from pathlift.lifting.product import Product, dense
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Coefficients:
 
 
 # Takes one parameter's coefficients. A later call for the same name replaces the earlier.
-Sink = Callable[[str, Tensor], None]
+Sink = Callable[[str, Tensor | Product], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Criterion:
     def __call__(self, program: Program) -> Coefficients:
         """All coefficients at once, in the order of the model's parameters."""
         values: dict[str, Tensor] = {}
-        approximated = self.hand_on(program, values.__setitem__)
+        approximated = self.hand_on(program, lambda n, g: values.update({n: dense(g)}))
         ordered = {n: values[n] for n in program.parameters if n in values}
         return self.coefficients(ordered, approximated)
 
@@ -85,9 +86,9 @@ def relative(criterion: Criterion, reference: Mapping[str, Tensor]) -> Criterion
         weights = _checked(program, reference, "reference", positive=True)
         missing: set[str] = set()
 
-        def divided(name: str, c: Tensor) -> None:
+        def divided(name: str, c: Tensor | Product) -> None:
             if name in weights:
-                sink(name, c / weights[name])
+                sink(name, dense(c) / weights[name])
             else:
                 missing.add(name)
 

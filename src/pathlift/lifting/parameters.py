@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pathlift.capture import Program
+from pathlift.lifting.product import Product
 
-# Squares of this many entries are made a few rows at a time: from about here on, memory that is let
-# go returns to the system and costs anew.
-_LARGE = 1 << 22
-# Entries of one such piece.
+# Entries of a linear weight that are squared at a time: they fit a processor's cache.
 _PIECE = 1 << 18
 
 
@@ -80,7 +78,7 @@ class DroppedParameters:
     """
 
     def __init__(
-        self, program: Program, dtype: torch.dtype, sink: Callable[[str, Tensor], None]
+        self, program: Program, dtype: torch.dtype, sink: Callable[[str, Tensor | Product], None]
     ) -> None:
         self.leaves: dict[str, Tensor] = {}
         self.units: dict[str, int] = {}
@@ -110,7 +108,7 @@ class DroppedParameters:
 
         ``by_rows``: it is the weight of one linear map and used nowhere else.
         """
-        if by_rows and self._program.parameters[name].numel() >= _LARGE:
+        if by_rows:
             value = self.value(name)
             self.units[name] = unit_exponent(value)
             return SquaredRows(self, name, value)
@@ -145,10 +143,10 @@ class DroppedParameters:
         name, shape, stride, offset = packed
         return self.square(name).as_strided(shape, stride, offset)
 
-    def receive(self, name: str, gradient: Tensor) -> None:
+    def receive(self, name: str, gradient: Tensor | Product) -> None:
         """Hand a complete gradient on."""
         self.arrived.add(name)
-        self._sink(name, rescaled(gradient.detach(), self.units[name]))
+        self._sink(name, rescaled(gradient, self.units[name]))
 
     def finish(self) -> None:
         """Hand on zeros for every parameter on no path (all one zero, expanded)."""
@@ -167,15 +165,16 @@ class _Square(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        ctx.store.receive(ctx.name, gradients[0])
+        ctx.store.receive(ctx.name, gradients[0].detach())
         return None, None, None
 
 
 class SquaredRows:
     """The squared weight of one linear map, of which a few rows exist at a time.
 
-    A large square is read once on each way: making it takes longer than using it, since the system
-    hands fresh memory out a page at a time.
+    A square is read once on each way: making a large one takes longer than using it, since the
+    system hands fresh memory out a page at a time. For the same reason its gradient stays a product
+    where it is one of thin factors.
     """
 
     def __init__(self, store: DroppedParameters, name: str, value: Tensor) -> None:
@@ -236,7 +235,8 @@ class _Linear(torch.autograd.Function):
             back = torch.zeros_like(x, memory_format=torch.contiguous_format)
             for rows, piece in ctx.weight.pieces():
                 back.addmm_(gradient[:, rows], piece)
-        ctx.weight.store.receive(ctx.weight.name, gradient.t() @ x)
+        product = Product(gradient.detach(), x.detach())
+        ctx.weight.store.receive(ctx.weight.name, product if product.thin else product.dense())
         return back, None, None
 
 
@@ -251,6 +251,9 @@ def unit_exponent(q: Tensor) -> int:
     return exponent if abs(exponent) > 12 else 0
 
 
-def rescaled(g: Tensor, unit: int) -> Tensor:
+def rescaled(g: Tensor | Product, unit: int) -> Tensor | Product:
     """Gradient in the squared parameter from the gradient in its squared unit form."""
-    return g * 2.0 ** (-2 * unit) if unit else g
+    if not unit:
+        return g
+    factor = 2.0 ** (-2 * unit)
+    return Product(g.left * factor, g.right) if isinstance(g, Product) else g * factor

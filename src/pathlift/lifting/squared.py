@@ -29,6 +29,7 @@ from pathlift.lifting.parameters import (
     SquaredRows,
     rescaled,
 )
+from pathlift.lifting.product import Product, dense
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def _last_reads(graph: Graph, parameters: set[fx.Node]) -> dict[fx.Node, list[fx
 def stream_diagonal(
     program: Program,
     training: bool,
-    sink: Callable[[str, Tensor], None],
+    sink: Callable[[str, Tensor | Product], None],
     strict: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[float, dict[str, int]]:
@@ -242,7 +243,8 @@ def stream_diagonal(
 
     Args:
         sink: called with every name and ``g * 2**-shift`` of the parameter's shape, in the order
-            of the backward pass (expanded zeros for a parameter on no path).
+            of the backward pass (expanded zeros for a parameter on no path; a product for the
+            weight of a linear map that is applied to few rows).
 
     Returns:
         The shift, and the operations a stand-in was used for.
@@ -277,7 +279,9 @@ def diagonal(
     """
     found: dict[str, Tensor] = {}
     if not repeats:
-        shift, approximated = stream_diagonal(program, training, found.__setitem__, strict, dtype)
+        shift, approximated = stream_diagonal(
+            program, training, lambda n, g: found.update({n: dense(g)}), strict, dtype
+        )
         ordered = {n: found[n] for n in program.parameters if n in found}
         return ordered, shift, approximated
     with torch.enable_grad():
@@ -296,7 +300,7 @@ def diagonal(
             g = torch.zeros_like(u) if gradient is None else gradient.detach()
             if gradient is not None and _reused(program, training, name):
                 g = g + u.detach() * _second_derivatives(gradient, u)
-            found[name] = rescaled(g, result.units[name])
+            found[name] = dense(rescaled(g, result.units[name]))
     return found, result.shift, result.approximated
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from pathlift.capture import Program
 from pathlift.criteria.protocol import Coefficients, Criterion
-from pathlift.solve.problem import MatrixBlock, Operator, Problem, Store, as_is
+from pathlift.lifting.product import Product, dense
+from pathlift.solve.matrix import Store
+from pathlift.solve.problem import MatrixBlock, Operator, Problem, as_is
 from pathlift.solve.ranges import value
 from pathlift.symmetry.group import ParameterScales, RescalingGroup
 
@@ -107,9 +109,11 @@ def assemble_from(
     maxima = criterion.reduction == "max"
     sums: dict[str, Sums] = {}
 
-    def take(name: str, g: Tensor) -> None:
+    def take(name: str, g: Tensor | Product) -> None:
         found = sum_up(group.parameters[name], g, maxima, trainable[name])
-        sums[name] = replace(found, matrix=store(found.matrix))
+        if isinstance(found.matrix, Tensor):
+            found = replace(found, matrix=store(found.matrix))
+        sums[name] = found
 
     approximated = criterion.hand_on(program, take)
     ordered = {n: sums[n] for n in program.parameters if n in sums}
@@ -128,8 +132,8 @@ class Sums:
         log_sum: sum of their natural logarithms (0 for a parameter that does not count).
         parts: the groups of axes that carry scales, two at most; none where no scale acts.
         matrix: sums (or maxima) over entries of equal scale, one axis per part; without parts the
-            sum of all. float64, or a matrix in the dtype of the coefficients.
-        labels: per part, the distinct tuples of variables and how many indices share them.
+            sum of all. float64, or a matrix in the dtype of the coefficients, or a product.
+        labels: per part, the distinct tuples of variables.
         tallies: per part, how many positive entries stand in each slice of ``matrix``.
     """
 
@@ -137,35 +141,78 @@ class Sums:
     positive: int
     log_sum: float
     parts: list[Part]
-    matrix: Tensor
-    labels: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    matrix: Tensor | Product
+    labels: list[NDArray[np.int64]]
     tallies: list[Array]
 
 
-def sum_up(spec: ParameterScales, g: Tensor, maxima: bool, counted: bool = True) -> Sums:
+def sum_up(spec: ParameterScales, g: Tensor | Product, maxima: bool, counted: bool = True) -> Sums:
     """Sum a parameter's coefficients (or take maxima) over entries of equal scale."""
+    parts = _two_parts(spec)
+    classes = [_classes(g.shape, axes, terms) for axes, terms in parts]
+    if isinstance(g, Product):
+        if not maxima and _separable(g, parts):
+            return _sum_up_product(g, parts, classes, counted)
+        g = g.dense()
     positive = int(torch.count_nonzero(g))
     if not positive:
         return Sums(g.numel(), 0, 0.0, [], torch.zeros((), dtype=torch.float64), [], [])
     full = positive == g.numel()
     log_sum = _log_sum(g, full) if counted else 0.0
-    parts = _two_parts(spec)
     if not parts:
         total = g.sum(dtype=torch.float64)
         return Sums(g.numel(), positive, log_sum, [], total, [], [])
-    matrix, labels = _reduce(g, parts, maxima)
-    tallies = _all_positive(g.numel(), labels) if full else _tallies(g, parts)
+    matrix = _reduce(g, parts, classes, maxima)
+    tallies = _all_positive(g.numel(), classes) if full else _tallies(g, parts, classes)
     if len(parts) == 1 or matrix.dtype != torch.float32:
         matrix = matrix.to(torch.float64)
-    matrix = matrix.contiguous()
-    return Sums(g.numel(), positive, log_sum, parts, matrix, labels, tallies)
+    labels = [c.tuples for c in classes]
+    return Sums(g.numel(), positive, log_sum, parts, matrix.contiguous(), labels, tallies)
 
 
-def _all_positive(
-    numel: int, labels: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
-) -> list[Array]:
+def _separable(g: Product, parts: Sequence[Part]) -> bool:
+    """Whether the sums of a product follow from its factors.
+
+    Rows and columns must scale on their own, and zeros be those of whole rows and columns.
+    """
+    alone = all(len(axes) == 1 for axes, _ in parts)
+    return alone and (len(g.left) == 1 or g.bounds()[0] > 0)
+
+
+def _sum_up_product(
+    g: Product, parts: list[Part], classes: Sequence[Classes], counted: bool
+) -> Sums:
+    """The sums of coefficients that are a product, without forming it."""
+    factors = [f.to(torch.float64) for f in (g.left, g.right)]
+    alive = [(f > 0).any(0) for f in factors]
+    sizes = [int(a.sum()) for a in alive]
+    positive = sizes[0] * sizes[1]
+    if not positive:
+        return Sums(g.numel(), 0, 0.0, [], torch.zeros((), dtype=torch.float64), [], [])
+    log_sum = _log_sum_of_product(g, alive) if counted else 0.0
+    merged: list[Tensor] = []
+    labels: list[NDArray[np.int64]] = []
+    tallies: list[Array] = []
+    for ((axis,), _), found in zip(parts, classes, strict=True):
+        tally = found.merge(alive[axis].to(torch.float64), 0) * sizes[1 - axis]
+        kept = tally > 0
+        merged.append(found.merge(factors[axis], 1)[:, kept])
+        labels.append(found.tuples[kept.numpy()])
+        tallies.append(tally[kept].numpy())
+    if len(parts) == 2:
+        product = Product(merged[0], merged[1])
+        matrix = product if product.thin else product.dense()
+        return Sums(g.numel(), positive, log_sum, parts, matrix, labels, tallies)
+    # What carries no scale of its own is summed.
+    others = {0, 1} - {axis for (axis,), _ in parts}
+    total = torch.stack([factors[axis].sum(1) for axis in others]).prod(0)
+    vector = total @ merged[0] if merged else total.sum()
+    return Sums(g.numel(), positive, log_sum, parts, vector, labels, tallies)
+
+
+def _all_positive(numel: int, classes: Sequence[Classes]) -> list[Array]:
     """The tallies of a parameter without zeros: every slice has its full share of entries."""
-    sizes = [torch.from_numpy(n).to(torch.float64) for _, n in labels]
+    sizes = [torch.from_numpy(c.counts).to(torch.float64) for c in classes]
     total = numel / math.prod(int(s.sum()) for s in sizes)
     return [
         s.numpy() * total * math.prod(int(o.sum()) for k, o in enumerate(sizes) if k != j)
@@ -173,8 +220,8 @@ def _all_positive(
     ]
 
 
-def _tallies(g: Tensor, parts: Sequence[Part]) -> list[Array]:
-    number, _ = _reduce((g > 0).to(torch.float64), parts)
+def _tallies(g: Tensor, parts: Sequence[Part], classes: Sequence[Classes]) -> list[Array]:
+    number = _reduce((g > 0).to(torch.float64), parts, classes)
     return [number.numpy()] if len(parts) == 1 else [number.sum(1).numpy(), number.sum(0).numpy()]
 
 
@@ -208,11 +255,11 @@ def assemble_sums(
             count += entries.positive
             log_sum += entries.log_sum
         if not parts:
-            constant += float(entries.matrix) if counted else 0.0
+            constant += float(dense(entries.matrix)) if counted else 0.0
             continue
         rows = [
             _forms(table, [c for c, _ in terms], group.basis, factor)
-            for (_, terms), (table, _) in zip(parts, labels, strict=True)
+            for (_, terms), table in zip(parts, labels, strict=True)
         ]
         for form, tally in zip(rows, entries.tallies, strict=True):
             if counted:
@@ -223,7 +270,7 @@ def assemble_sums(
         if not counted:
             continue
         if len(parts) == 1:
-            vectors.append(entries.matrix)
+            vectors.append(dense(entries.matrix))
             forms.append(rows[0])
         else:
             blocks.append(MatrixBlock(entries.matrix, rows[0], rows[1]))
@@ -285,6 +332,16 @@ def _log_sum(g: Tensor, full: bool) -> float:
     return math.fsum(float(piece.log().sum()) for piece in positive)
 
 
+def _log_sum_of_product(g: Product, alive: Sequence[Tensor]) -> float:
+    """Sum of natural logarithms of the positive entries."""
+    left, right = (f[:, a] for f, a in zip((g.left, g.right), alive, strict=True))
+    if len(left) == 1:
+        logs = [float(f.to(torch.float64).log().sum()) for f in (left, right)]
+        return right.shape[1] * logs[0] + left.shape[1] * logs[1]
+    columns = max(1, _PIECE // right.shape[1])
+    return math.fsum(float((p.t() @ right).log_().sum()) for p in left.split(columns, 1))
+
+
 def layers(group: RescalingGroup) -> NDArray[np.int64]:
     """A number per free scale: the parameter in whose rows or columns it stands first."""
     found = np.full(group.num_scales, -1, dtype=np.int64)
@@ -312,14 +369,53 @@ def _two_parts(spec: ParameterScales) -> list[Part]:
     return parts
 
 
-def _reduce(
-    g: Tensor, parts: Sequence[Part], maxima: bool = False
-) -> tuple[Tensor, list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
-    """Sum ``g`` (or take its maxima) to one axis per part, then over equal scales.
+@dataclass(frozen=True)
+class Classes:
+    """Indices along a part's axes, in classes of equal scale.
 
-    Returns the vector or matrix, and per part the distinct tuples of variables (one row each) and
-    how many indices share them.
+    Attributes:
+        tuples: the distinct tuples of variables, one row each.
+        index: the class of every index.
+        counts: how many indices each class has.
     """
+
+    tuples: NDArray[np.int64]
+    index: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    def merge(self, values: Tensor, axis: int, maxima: bool = False) -> Tensor:
+        """Sums (or maxima) of the slices of each class, in their order."""
+        number = len(self.tuples)
+        if number < len(self.index):
+            label = torch.from_numpy(self.index)
+            over = _max_over if maxima else _sum_over
+            return over(values, axis, label, number)
+        order = np.argsort(self.index)
+        if np.array_equal(order, np.arange(number)):
+            return values
+        return values.index_select(axis, torch.from_numpy(order))
+
+
+def _classes(
+    shape: torch.Size, axes: Sequence[int], terms: Sequence[tuple[int, Tensor]]
+) -> Classes:
+    sizes = [n if d in axes else 1 for d, n in enumerate(shape)]
+    order = [*axes, *(d for d in range(len(shape)) if d not in axes)]
+    table = np.stack(
+        [ids.expand(sizes).permute(order).reshape(-1).numpy() for _, ids in terms], axis=1
+    )
+    if table.shape[1] == 1:
+        tuples, index, counts = np.unique(table[:, 0], return_inverse=True, return_counts=True)
+        tuples = tuples[:, None]
+    else:
+        tuples, index, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
+    return Classes(tuples, index.reshape(-1), counts)
+
+
+def _reduce(
+    g: Tensor, parts: Sequence[Part], classes: Sequence[Classes], maxima: bool = False
+) -> Tensor:
+    """Sum ``g`` (or take its maxima) to one axis per part, then over equal scales."""
     kept = [d for axes, _ in parts for d in axes]
     rest = [d for d in range(g.dim()) if d not in kept]
     moved = g.permute(*kept, *rest) if g.dim() else g
@@ -327,37 +423,9 @@ def _reduce(
     summed = moved.reshape(*sizes, -1) if rest else moved.reshape(sizes)
     if rest:
         summed = summed.amax(-1) if maxima else summed.sum(-1)
-    labels = []
-    for axis, (axes, terms) in enumerate(parts):
-        shape = [n if d in axes else 1 for d, n in enumerate(g.shape)]
-        order = [*axes, *(d for d in range(g.dim()) if d not in axes)]
-        table = np.stack(
-            [ids.expand(shape).permute(order).reshape(-1).numpy() for _, ids in terms],
-            axis=1,
-        )
-        if table.shape[1] == 1:
-            unique, inverse, counts = np.unique(
-                table[:, 0], return_inverse=True, return_counts=True
-            )
-            unique = unique[:, None]
-        else:
-            unique, inverse, counts = np.unique(
-                table, axis=0, return_inverse=True, return_counts=True
-            )
-        inverse = inverse.reshape(-1)
-        labels.append((unique, counts))
-        if len(unique) < len(inverse):
-            label = torch.from_numpy(inverse)
-            if maxima:
-                summed = _max_over(summed, axis, label, len(unique))
-            else:
-                summed = _sum_over(summed, axis, label, len(unique))
-        else:
-            order_back = np.empty_like(inverse)
-            order_back[inverse] = np.arange(len(inverse))
-            if not np.array_equal(order_back, np.arange(len(inverse))):
-                summed = summed.index_select(axis, torch.from_numpy(order_back))
-    return summed, labels
+    for axis, found in enumerate(classes):
+        summed = found.merge(summed, axis, maxima)
+    return summed
 
 
 def _sum_over(values: Tensor, axis: int, label: Tensor, count: int) -> Tensor:

@@ -37,13 +37,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from scipy import optimize, sparse
 
+from pathlift.solve.matrix import Array, BoolArray
 from pathlift.solve.problem import (
     LN2,
-    Array,
-    BoolArray,
     Evaluation,
     IntArray,
     Operator,
@@ -165,8 +163,8 @@ def _coupling(operator: Operator, node: IntArray, keep: BoolArray) -> sparse.csr
         if nodes_left.size == 0 or nodes_right.size == 0:
             continue
         joint = np.ones((nodes_left.size, nodes_right.size), dtype=bool)
-        if operator.has_zeros(b):
-            positive = (source > 0).to(torch.float32).numpy()
+        if source.has_zeros:
+            positive = source.positive().astype(np.float32)
             reach = left[:, nodes_left].T @ positive  # (nodes, C)
             joint = np.asarray((right[:, nodes_right].T @ reach.T).T) > 0
         a, c = np.nonzero(joint)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from pathlift.solve.coordinate import independent_sets
+from pathlift.solve.matrix import Array
 from pathlift.solve.problem import (
     LN2,
-    Array,
     Evaluation,
     IntArray,
     Operator,

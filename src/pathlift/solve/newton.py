@@ -23,10 +23,9 @@ from scipy import sparse
 from scipy.sparse import linalg as _sparse_linalg
 
 from pathlift.solve.coordinate import sweep
+from pathlift.solve.matrix import Array, BoolArray, power
 from pathlift.solve.problem import (
     LN2,
-    Array,
-    BoolArray,
     Evaluation,
     Operator,
     Problem,
@@ -116,16 +115,16 @@ def _through_roots(operator: Operator, at: Evaluation) -> Evaluation:
     return trial if trial.objective < at.objective else at
 
 
-def _power(problem: Problem, power: float) -> Problem:
-    """The problem with coefficients ``g^power`` and scales ``power`` times as large."""
-    blocks = tuple(replace(b, matrix=b.matrix.double() ** power) for b in problem.blocks)
+def _power(problem: Problem, exponent: float) -> Problem:
+    """The problem with coefficients ``g^exponent`` and scales ``exponent`` times as large."""
+    blocks = tuple(replace(b, matrix=power(b.matrix, exponent)) for b in problem.blocks)
     return replace(
         problem,
         blocks=blocks,
-        vector=torch.as_tensor(problem.vector).double() ** power,
-        constant=problem.constant**power,
-        lower=problem.lower * power,
-        upper=problem.upper * power,
+        vector=torch.as_tensor(problem.vector).double() ** exponent,
+        constant=problem.constant**exponent,
+        lower=problem.lower * exponent,
+        upper=problem.upper * exponent,
     )
 
 

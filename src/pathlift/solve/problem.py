@@ -12,13 +12,13 @@ forms are stacked in one sparse matrix ``K``: one evaluation of F and its gradie
 
 Range: powers of two are carried apart. Coefficients are read as mantissa times power of two, each
 factor is divided by its largest member, and what was divided out is added back as a logarithm. When
-the point moves far from where a matrix was last normalised, the matrix is normalised there again.
+the point moves far from where a matrix was last normalised, the matrix is normalised there again
+(:mod:`pathlift.solve.matrix`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,35 +28,29 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pathlift.errors import ArgumentError
+from pathlift.lifting.product import Product
+from pathlift.solve.matrix import Array, Matrix, Store, check_values, matrix_of, to_numpy
 
-Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 LN2 = float(np.log(2.0))
 # Between two normalisations of a matrix its row and column factors may move by this many bits.
 _DRIFT_BITS = 400.0
-# Entries of a matrix that are widened at a time; smaller matrices are widened once.
-_PIECE = 1 << 18
-# Row maxima within 2**-_PLAIN_BITS .. 2**_PLAIN_BITS need no normalisation (and no copy).
-_PLAIN_BITS = 100
 
 
 @dataclass(frozen=True)
 class MatrixBlock:
     """Entries ``matrix[o, i] * 2^{-2 ((rows s)_o + (cols s)_i)}``.
 
-    ``matrix``: ``(R, C)``, non-negative, float32 or float64 (products are float64 in any case).
+    ``matrix``: ``(R, C)``, non-negative, float32 or float64 (products are float64 in any case), or
+    the product of two thin ones.
     ``rows``: ``(R, H)`` and ``cols``: ``(C, H)``, integer exponents, sign included (usually one +1
     per row, one -1 per column).
     """
 
-    matrix: torch.Tensor
+    matrix: torch.Tensor | Product
     rows: sparse.csr_array
     cols: sparse.csr_array
-
-
-Store = Callable[[torch.Tensor], torch.Tensor]
 
 
 def as_is(matrix: torch.Tensor) -> torch.Tensor:
@@ -128,7 +122,7 @@ class Evaluation:
     log2_total: float
     factors: Array
     levels: Array
-    matrices: tuple[torch.Tensor, ...]
+    matrices: tuple[Matrix, ...]
 
 
 @dataclass(frozen=True)
@@ -159,19 +153,16 @@ class Operator:
         problem = self.problem
         _check(problem)
         h = problem.num_scales
-        sources: list[torch.Tensor] = []
+        sources: list[Matrix] = []
         kept: list[MatrixBlock] = []
-        ranges: list[tuple[float, float]] = []
-        for block in problem.blocks:
-            matrix = _kept(block.matrix)
-            low, high = _range(f"Problem.blocks[{len(kept)}].matrix", matrix)
-            if high > 0:
+        for k, block in enumerate(problem.blocks):
+            matrix = matrix_of(block.matrix, f"Problem.blocks[{k}].matrix")
+            if matrix is not None:
                 kept.append(block)
                 sources.append(matrix)
-                ranges.append((low, high))
         self.blocks = tuple(kept)
         self.sources = tuple(sources)
-        values = _to_numpy(problem.vector)
+        values = to_numpy(problem.vector)
         keep = values > 0
         forms = [f for b in kept for f in (_csr(b.rows), _csr(b.cols))]
         lengths = [f.shape[0] for f in forms]
@@ -188,9 +179,6 @@ class Operator:
         mantissa, exponent = np.frexp(values[keep])
         self._mantissa = mantissa
         self._vector_exponent = exponent.astype(np.float64)
-        self._ranges = tuple(ranges)
-        self._tops = [_row_maxima(m, r) for m, r in zip(sources, ranges, strict=True)]
-        self._live = [_live(m, r) for m, r in zip(sources, ranges, strict=True)]
         self._pairs: tuple[_Pairs, ...] | None = None
         self._exponents: dict[float, sparse.csr_array] | None = None
         self._bound: sparse.csr_array | None = None
@@ -215,10 +203,6 @@ class Operator:
         a, b, c = (int(x) for x in self._starts[2 * block : 2 * block + 3])
         return slice(a, b), slice(b, c)
 
-    def has_zeros(self, block: int) -> bool:
-        """Whether a matrix has an entry 0."""
-        return self._ranges[block][0] == 0.0
-
     def form_starts(self) -> IntArray:
         """First form of every segment (rows, columns of each matrix, then single entries)."""
         return self._starts
@@ -231,44 +215,30 @@ class Operator:
 
     def _plain_base(self) -> None:
         """Use the matrices as they are if their range allows, else normalise them at s = 0."""
-        self.centre = np.zeros(self.problem.num_scales)
-        base = np.zeros(self.forms.shape[0])
-        for b, live in enumerate(self._live):
-            for part, alive in zip(self.segments(b), live, strict=True):
-                base[part][~alive] = -np.inf
-        if self.has_vector:
-            base[self.vector_segment()] = self._vector_exponent
-        self._base = base
-        self._matrices = self.sources
-        bound = 2.0**_PLAIN_BITS
-        if any(t[t > 0].min() < 1 / bound or t.max() > bound for t in self._tops):
+        self._carry(np.zeros(self.problem.num_scales), np.zeros(self.forms.shape[0]), self.sources)
+        if not all(m.plain for m in self.sources):
             self._normalise(self.centre)
 
     def _normalise(self, point: Array) -> None:
-        """Absorb the integer point nearest to ``point`` in the matrices: every row has maximum ~1.
+        """Absorb the integer point nearest to ``point`` in the matrices."""
+        centre = np.rint(point)
+        shift = -2.0 * (self.forms @ centre)
+        parts = [self.segments(b) for b in range(len(self.blocks))]
+        matrices = tuple(
+            m.normalised(shift[row], shift[col], self.problem.store)
+            for m, (row, col) in zip(self.sources, parts, strict=True)
+        )
+        self._carry(centre, shift, matrices)
 
-        Only powers of two are multiplied in, so nothing is rounded; what underflows is 2^-1000
-        of its row.
-        """
-        self.centre = np.rint(point)
-        shift = -2.0 * (self.forms @ self.centre)
-        matrices = []
-        base = shift.copy()
-        for b, source in enumerate(self.sources):
+    def _carry(self, centre: Array, shift: Array, matrices: tuple[Matrix, ...]) -> None:
+        """Take over matrices in which ``centre`` is absorbed; ``shift``: its powers of two."""
+        base = shift
+        for b, matrix in enumerate(matrices):
             row, col = self.segments(b)
-            mantissa, exponent = torch.frexp(source)
-            power = exponent.to(torch.float64)
-            power += torch.from_numpy(shift[row])[:, None] + torch.from_numpy(shift[col])[None, :]
-            power[source == 0] = -np.inf
-            top = power.amax(1)
-            power -= torch.where(torch.isfinite(top), top, torch.zeros_like(top))[:, None]
-            matrices.append(self.problem.store(torch.exp2(power).mul_(mantissa)))
-            base[row] = top.numpy()
-            base[col] = np.where(self._live[b][1], 0.0, -np.inf)
+            base[row], base[col] = matrix.rows, matrix.columns
         if self.has_vector:
             base[self.vector_segment()] += self._vector_exponent
-        self._base = base
-        self._matrices = tuple(matrices)
+        self.centre, self._base, self._matrices = centre, base, matrices
 
     def _drift(self, moved: Array) -> float:
         """Bits by which the factors of any matrix have left the centre."""
@@ -310,7 +280,7 @@ class Operator:
         for b, matrix in enumerate(self._matrices):
             row, col = self.segments(b)
             u, v = factors[row], factors[col]
-            across, down = _pair(matrix, v, u)
+            across, down = matrix.pair(v, u)
             weights[row], weights[col] = u * across, v * down
             sums.append(float(weights[row].sum()))
             logs.append(float(tops[2 * b] + tops[2 * b + 1]))
@@ -369,7 +339,7 @@ class Operator:
         for b, matrix in enumerate(at.matrices):
             row, col = self.segments(b)
             u, v = at.factors[row], at.factors[col]
-            across, down = _pair(matrix, v * moved[col], u * moved[row])
+            across, down = matrix.pair(v * moved[col], u * moved[row])
             out[row] += at.levels[b] * u * across
             out[col] += at.levels[b] * v * down
         self.pairs += 1
@@ -422,10 +392,9 @@ class Operator:
             row, col = self.segments(b)
             r, c = matrix.shape
             counts[row], counts[col] = c, r
-            if self.has_zeros(b):
-                positive = matrix > 0
-                counts[row] = positive.sum(1).numpy()
-                counts[col] = positive.sum(0).numpy()
+            if matrix.has_zeros:
+                positive = matrix.positive()
+                counts[row], counts[col] = positive.sum(1), positive.sum(0)
         return counts
 
     # -- entries by exponent -------------------------------------------------------------------
@@ -470,8 +439,7 @@ class Operator:
     def pair_weights(self, at: Evaluation, pairs: _Pairs) -> Array:
         """Share of T of each entry in ``pairs``."""
         row, col = self.segments(pairs.block)
-        matrix = at.matrices[pairs.block].numpy()
-        picked = matrix[pairs.row, pairs.col].astype(np.float64)
+        picked = at.matrices[pairs.block].pick(pairs.row, pairs.col)
         scaled = picked * at.factors[row][pairs.row] * at.factors[col][pairs.col]
         return np.asarray(at.levels[pairs.block] * scaled)
 
@@ -541,34 +509,6 @@ def _key(point: Array) -> bytes:
     return hashlib.blake2b((point + 0.0).tobytes(), digest_size=16).digest()
 
 
-def _kept(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix as products use it: float64 if it is small, else as it is (float32 takes half)."""
-    matrix = matrix.detach().cpu()
-    narrow = matrix.dtype == torch.float32 and matrix.numel() > _PIECE
-    return matrix.contiguous() if narrow else matrix.to(torch.float64)
-
-
-def _pair(matrix: torch.Tensor, v: Array, u: Array) -> tuple[Array, Array]:
-    """``M v`` and ``M^T u`` in float64.
-
-    A float32 matrix is read once from memory: each piece of it is widened in the cache, for both
-    products. All in NumPy: its threads and those of torch would wait for each other in turns.
-    """
-    dense = matrix.numpy()
-    if dense.dtype == np.float64:
-        return np.asarray(dense @ v), np.asarray(u @ dense)
-    across, down = np.empty(dense.shape[0]), np.zeros(dense.shape[1])
-    rows = max(1, _PIECE // dense.shape[1])
-    wide = np.empty((rows, dense.shape[1]))
-    for start in range(0, dense.shape[0], rows):
-        part = dense[start : start + rows]
-        piece = wide[: len(part)]
-        np.copyto(piece, part)
-        np.dot(piece, v, out=across[start : start + rows])
-        down += u[start : start + rows] @ piece
-    return across, down
-
-
 def _csr(forms: sparse.csr_array) -> sparse.csr_array:
     return sparse.csr_array(forms, dtype=np.float64)
 
@@ -578,12 +518,6 @@ def _indicator(forms_t: sparse.csr_array, value: float) -> sparse.csr_array:
     out.data = (out.data == value).astype(np.float64)
     out.eliminate_zeros()
     return out
-
-
-def _to_numpy(values: torch.Tensor | Array) -> Array:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().to(device="cpu", dtype=torch.float64).numpy()
-    return np.asarray(values, dtype=np.float64)
 
 
 def _check(problem: Problem) -> None:
@@ -605,13 +539,13 @@ def _check(problem: Problem) -> None:
             f"Problem.constant is {problem.constant}; expected a finite number >= 0. "
             "Check the criterion for infinite or negative coefficients."
         )
-    n = _to_numpy(problem.vector)
+    n = to_numpy(problem.vector)
     if problem.vector_forms.shape != (n.size, h):
         raise ArgumentError(
             f"Problem.vector_forms has shape {problem.vector_forms.shape}; expected "
             f"({n.size}, {h}): one exponent row per entry of Problem.vector."
         )
-    _check_values("Problem.vector", float(n.min(initial=0.0)), float(n.max(initial=0.0)))
+    check_values("Problem.vector", float(n.min(initial=0.0)), float(n.max(initial=0.0)))
     for k, block in enumerate(problem.blocks):
         r, c = block.matrix.shape
         if block.rows.shape != (r, h) or block.cols.shape != (c, h):
@@ -619,35 +553,3 @@ def _check(problem: Problem) -> None:
                 f"Problem.blocks[{k}] has a ({r}, {c}) matrix with rows {block.rows.shape} and "
                 f"cols {block.cols.shape}; expected ({r}, {h}) and ({c}, {h})."
             )
-
-
-def _check_values(name: str, low: float, high: float) -> None:
-    if not (low >= 0 and high < np.inf):
-        raise ArgumentError(
-            f"{name} has values from {low} to {high}; coefficients must be finite and >= 0. "
-            "Check the criterion for overflow (the coefficients may be divided by any constant)."
-        )
-
-
-def _range(name: str, matrix: torch.Tensor) -> tuple[float, float]:
-    """Smallest and largest coefficient, checked."""
-    if matrix.numel() == 0:
-        return 0.0, 0.0
-    low, high = (float(x) for x in torch.aminmax(matrix))
-    _check_values(name, low, high)
-    return low, high
-
-
-def _row_maxima(matrix: torch.Tensor, bounds: tuple[float, float]) -> Array:
-    """``(R,)`` row maxima, or the two ends of the range if these are all that matters."""
-    if bounds[0] >= 2.0**-_PLAIN_BITS:
-        return np.asarray(bounds)
-    return np.asarray(matrix.amax(1).numpy(), dtype=np.float64)
-
-
-def _live(matrix: torch.Tensor, bounds: tuple[float, float]) -> tuple[BoolArray, BoolArray]:
-    """Which rows and which columns have a positive coefficient."""
-    r, c = matrix.shape
-    if bounds[0] > 0:
-        return np.ones(r, dtype=bool), np.ones(c, dtype=bool)
-    return (matrix.amax(1) > 0).numpy(), (matrix.amax(0) > 0).numpy()

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from pathlift.solve.coordinate import independent_sets
-from pathlift.solve.problem import LN2, Array, Operator, Problem, Solution, objective, operator_of
+from pathlift.solve.matrix import Array
+from pathlift.solve.problem import LN2, Operator, Problem, Solution, objective, operator_of
 
 _MAX_SWEEPS = 2000
 
@@ -54,7 +55,7 @@ class _Ranges:
 
     def __post_init__(self) -> None:
         operator, problem = self.operator, self.operator.problem
-        self.logs = [torch.log2(m.to(torch.float64)) for m in operator.sources]
+        self.logs = [m.log2() for m in operator.sources]
         # Exponent of every form (row, column, single entry) in every scale, per log2 unit.
         self.exponents = (-2.0 * operator.forms).tocoo()
         values = np.asarray(problem.vector, dtype=np.float64)
