@@ -67,7 +67,7 @@ def test_norms_per_output_add_up(seed: int) -> None:
         (each,) = pathlift.PathNorm(model, x, p).per_output()
         assert each.shape == (2,)
         whole = pathlift.path_norm(model, x, p)
-        assert float((each**p).sum()) ** (1 / p) == pytest.approx(whole, rel=1e-12)
+        assert float((each**p).sum().detach()) ** (1 / p) == pytest.approx(whole, rel=1e-12)
     # One output alone is the network cut to that output.
     last = model[-1] if isinstance(model, nn.Sequential) else model.out
     with torch.no_grad():
@@ -123,3 +123,49 @@ def test_a_wrong_amount_is_refused() -> None:
     with pytest.raises(pathlift.ArgumentError, match="at least 0 and below 1; found 1.5"):
         pathlift.prune_by_path_magnitude_(model, x, 1.5)
     assert not hasattr(model[0], "weight_mask")
+
+
+class Dense(nn.Module):
+    """Samples stay apart through concatenations, gates and skips of equal sizes everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(6, 3, 2)
+        self.gate, self.out = nn.Conv2d(3, 3, 1), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.cat((F.relu(self.a(x)), x), -3))
+        x = x * F.relu(self.gate(x.mean((-2, -1), keepdim=True))) + x
+        return self.out(x.mean((-2, -1)))
+
+
+def test_one_sample_stands_for_all() -> None:
+    torch.manual_seed(0)
+    model = Dense().double()
+    expected = pathlift.path_kernel_diagonal(model, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+    for shape in ((2, 3, 4, 4), (3, 3, 4, 4), (3, 4, 4)):
+        found = pathlift.path_kernel_diagonal(model, torch.zeros(shape, dtype=torch.float64))
+        for name, g in expected.items():
+            torch.testing.assert_close(found[name], g, rtol=1e-12, atol=0, msg=f"{shape} {name}")
+
+
+class Mixed(nn.Module):
+    """One half of the batch is joined with the other: it has no samples of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        return self.b(torch.cat((y, x.flip(0)), 0))
+
+
+def test_samples_that_are_joined_are_all_run() -> None:
+    torch.manual_seed(0)
+    model = Mixed().double()
+    found = pathlift.path_kernel_diagonal(model, torch.zeros(3, 3, dtype=torch.float64))
+    leaving = model.b.weight.detach().square().sum(0)
+    # Three of the six rows go through the first map, all six through the second.
+    torch.testing.assert_close(found["a.bias"], 3 * leaving)
+    torch.testing.assert_close(found["b.bias"], torch.full((2,), 6.0, dtype=torch.float64))

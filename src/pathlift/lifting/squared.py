@@ -363,31 +363,25 @@ def _per_sample(
     kwargs: Any,
 ) -> Any:
     """Run on one sample where all samples are equal by construction (stride 0)."""
-    name = operation(node)
     meta = node.meta.get("val")
     first = meta[0] if isinstance(meta, (list, tuple)) else meta
-    size = first.shape[0] if isinstance(first, Tensor) and first.dim() > 1 else 0
-    rank = first.dim() if isinstance(first, Tensor) else 0
-    if size < 2 or name not in _SAMPLEWISE:
+    rank, size = (first.dim(), len(first)) if isinstance(first, Tensor) and first.dim() else (0, 0)
+    sampled = _sampled_arguments(operation(node), args, rank)
+    leaves = _leaves(args[:sampled])
+    full = [v.tensor if isinstance(v, Lifted) else v for v in leaves]
+    full = [t for t in full if t.dim() == rank and t.shape[0] == size]
+    if rank < 2 or size < 2 or not full or any(t.stride(0) != 0 for t in full):
         return function(context, *args, **kwargs)
 
     def cut(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [cut(v) for v in value]
         if isinstance(value, Lifted):
             return value.map(lambda t: t[:1] if t.dim() == rank and t.shape[0] == size else t)
         return value
 
-    lifted = [v for v in _leaves(args) if isinstance(v, Lifted)]
-    full = [v.tensor for v in lifted if v.tensor.dim() == rank and v.tensor.shape[0] == size]
-    constants = [v for v in _leaves(args) if isinstance(v, Tensor)]
-    if not isinstance(args[0], Lifted) or args[0].tensor.dim() != rank:
-        return function(context, *args, **kwargs)
-    if (
-        not full
-        or any(t.stride(0) != 0 for t in full)
-        or any(c.dim() == rank and c.shape[0] == size for c in constants)
-    ):
-        return function(context, *args, **kwargs)
-    out = function(context, *(cut(a) for a in args), **kwargs)
+    one = [cut(a) for a in args[:sampled]]
+    out = function(context, *one, *args[sampled:], **kwargs)
 
     def widen(value: Any) -> Any:
         if isinstance(value, Lifted):
@@ -397,14 +391,25 @@ def _per_sample(
     return [widen(v) for v in out] if isinstance(out, (list, tuple)) else widen(out)
 
 
-_SAMPLEWISE = frozenset(
-    ["linear", "batch_norm", "add", "sub"]
-    + [
-        f"{name}{n}d"
+def _sampled_arguments(name: str, args: Sequence[Any], rank: int) -> int:
+    """How many leading arguments have samples along dimension 0, each of which gives its own."""
+    if name in ("cat", "concat", "concatenate"):
+        return int((args[1] if len(args) > 1 else 0) not in (0, -rank))
+    least, number = _SAMPLEWISE.get(name, (0, 0))
+    return number if rank >= least else 0
+
+
+# Operation -> the least rank of its result where that has samples, and the number of arguments.
+_SAMPLEWISE = {
+    "linear": (2, 1),
+    "batch_norm": (2, 1),
+    **dict.fromkeys(("add", "sub", "mul"), (2, 2)),
+    **{
+        f"{name}{n}d": (n + 2, 1)
         for name in ("conv", "max_pool", "avg_pool", "adaptive_avg_pool")
         for n in (1, 2, 3)
-    ]
-)
+    },
+}
 
 _EXPECTATION: dict[str, Callable[[Any], float]] = {
     "bernoulli": lambda args: float(args[1]) if len(args) > 1 and args[1] is not None else 1.0,
@@ -456,8 +461,11 @@ def _stand_in(context: _Context, node: fx.Node, values: list[Any]) -> Lifted:
 def _aligned(context: _Context, values: Sequence[Any]) -> tuple[list[Tensor], float]:
     """Tensors over one common shift."""
     lifted = [context.lifted(v) for v in values]
-    live = [v.shift for v in lifted if v.tensor.numel() and bool(v.tensor.detach().any())]
-    top = max(live, default=0)
+    shifts = sorted({v.shift for v in lifted}, reverse=True)
+    top = shifts[0]
+    if len(shifts) > 1:  # the shift of zeros says nothing
+        live = (s for s in shifts if any(v.shift == s and bool(v.tensor.any()) for v in lifted))
+        top = next(live, 0)
     return [
         v.tensor if v.shift == top else v.tensor * 2.0 ** max(min(v.shift - top, 0), -1000)
         for v in lifted

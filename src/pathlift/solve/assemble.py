@@ -241,83 +241,140 @@ def assemble_sums(
     # The problem is written for the rate -2; other rates multiply the exponents.
     factor = -criterion.rate / 2
     h = group.num_scales
-    blocks: list[MatrixBlock] = []
-    vectors: list[Tensor] = []
-    forms: list[sp.csr_array] = []
-    constant, count, log_sum = 0.0, 0, 0.0
-    linear, entering, leaving = np.zeros(h), np.zeros(h), np.zeros(h)
-    for name, entries in sums.items():
-        if not entries.positive:
-            continue
-        counted = trainable.get(name, True)
-        parts, labels = entries.parts, entries.labels
-        if counted:
-            count += entries.positive
-            log_sum += entries.log_sum
-        if not parts:
-            constant += float(dense(entries.matrix)) if counted else 0.0
-            continue
-        rows = [
-            _forms(table, [c for c, _ in terms], group.basis, factor)
-            for (_, terms), table in zip(parts, labels, strict=True)
-        ]
-        for form, tally in zip(rows, entries.tallies, strict=True):
-            if counted:
-                linear += form.T @ tally
-            signed = form if factor > 0 else -form
-            entering += signed.maximum(0).T @ tally
-            leaving += (-signed).maximum(0).T @ tally
-        if not counted:
-            continue
-        if len(parts) == 1:
-            vectors.append(dense(entries.matrix))
-            forms.append(rows[0])
-        else:
-            blocks.append(MatrixBlock(entries.matrix, rows[0], rows[1]))
-    gains, loses = _sides(group, sums)
+    live = {n: e for n, e in sums.items() if e.positive}
+    counted = {n: e for n, e in live.items() if trainable.get(n, True)}
+    pairs = [e for e in counted.values() if len(e.parts) == 2]
+    singles = [e for e in counted.values() if len(e.parts) == 1]
+    others = [e for n, e in live.items() if n not in counted]
+    constant = math.fsum(float(dense(e.matrix)) for e in counted.values() if not e.parts)
+    count = sum(e.positive for e in counted.values())
+    log_sum = math.fsum(e.log_sum for e in counted.values())
+
+    ordered = [*pairs, *singles, *others]
+    forms, starts = _stacked_forms(ordered, group.basis)
+    tally = np.concatenate([t for e in ordered for t in e.tallies] or [np.zeros(0)])
+    counting = np.zeros(len(tally))
+    counting[: starts[2 * len(pairs) + len(singles)]] = 1.0
+    exponents, scale = forms.data, forms.indices
+    weighed = exponents * np.repeat(tally, np.diff(forms.indptr))
+    entering = np.bincount(scale, np.maximum(weighed, 0), minlength=h) * abs(factor)
+    leaving = np.bincount(scale, np.maximum(-weighed, 0), minlength=h) * abs(factor)
+    linear = (forms.T @ (tally * counting)) * factor
+    forms = forms * factor
+    blocks = tuple(
+        MatrixBlock(
+            e.matrix,
+            _rows(forms, starts[2 * k], starts[2 * k + 1]),
+            _rows(forms, starts[2 * k + 1], starts[2 * k + 2]),
+        )
+        for k, e in enumerate(pairs)
+    )
+    single_forms = _rows(forms, starts[2 * len(pairs)], starts[2 * len(pairs) + len(singles)])
+    vector = torch.cat([dense(e.matrix) for e in singles] or [torch.zeros(0, dtype=torch.float64)])
+    carried = _carried(group)
+    gains, loses = _sides(group, carried, sums)
     one_sided = (gains & (entering == 0)) | (loses & (leaving == 0))
     if not criterion.balanced:  # a sum without the linear term needs both sides
         one_sided = (entering == 0) | (leaving == 0)
     dead = np.flatnonzero(one_sided | (entering + leaving == 0))
     lower, upper = lower.copy(), upper.copy()
     lower[dead] = upper[dead] = 0.0
-    stacked = sp.csr_array(sp.vstack(forms)) if forms else sp.csr_array((0, h))
-    vector = torch.cat(vectors) if vectors else torch.zeros(0, dtype=torch.float64)
     problem = Problem(
         h,
-        tuple(blocks),
+        blocks,
         vector,
-        stacked,
+        single_forms,
         constant,
         linear if criterion.balanced else np.zeros(h),
         count,
         lower,
         upper,
-        layers(group),
+        _layers(group, carried),
         criterion.reduction,
         store,
     )
     return Assembled(problem, log_sum / count if count else 0.0, linear, dead)
 
 
+def _stacked_forms(
+    entries: Sequence[Sums], basis: sp.csr_array
+) -> tuple[sp.csr_array, NDArray[np.int64]]:
+    """The exponent rows of all labels, one under the other, and where each part's begin."""
+    tables = [table for e in entries for table in e.labels]
+    terms = [[c for c, _ in t] for e in entries for _, t in e.parts]
+    ends = np.cumsum([0, *(len(t) for t in tables)])
+    widths = np.repeat(np.asarray([t.shape[1] for t in tables], np.int64), np.diff(ends))
+    chosen = sp.csr_array(
+        (
+            np.concatenate(
+                [np.zeros(0), *(np.tile(c, len(t)) for c, t in zip(terms, tables, strict=True))]
+            ),
+            np.concatenate([np.zeros(0, np.int64), *(t.reshape(-1) for t in tables)]),
+            np.concatenate([[0], np.cumsum(widths)]).astype(np.int64),
+        ),
+        shape=(int(ends[-1]), basis.shape[0]),
+    )
+    return sp.csr_array(chosen @ basis), ends
+
+
+def _rows(forms: sp.csr_array, start: int, end: int) -> sp.csr_array:
+    """Some rows, one after the other."""
+    a, b = forms.indptr[start], forms.indptr[end]
+    part = (forms.data[a:b], forms.indices[a:b], forms.indptr[start : end + 1] - a)
+    return sp.csr_array(part, shape=(end - start, forms.shape[1]))
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """Which free scales the terms of parameters carry, in the order of parameters and terms.
+
+    Attributes:
+        scale: indices of free scales.
+        parameter: the number of the parameter.
+        term: the number of the term within it.
+        sign: of the exponent.
+    """
+
+    scale: NDArray[np.int64]
+    parameter: NDArray[np.int64]
+    term: NDArray[np.int64]
+    sign: NDArray[np.float64]
+
+
+def _carried(group: RescalingGroup) -> _Carried:
+    found = [
+        (distinct(ids.numpy().reshape(-1)), k, j, coefficient)
+        for k, spec in enumerate(group.parameters.values())
+        for j, (coefficient, ids) in enumerate(spec.terms)
+    ]
+    variables = np.concatenate([np.zeros(0, np.int64), *(ids for ids, *_ in found)])
+    rows = group.basis[variables]
+    repeats = np.diff(rows.indptr)
+    lengths = [len(ids) for ids, *_ in found]
+    tags = np.asarray([tag for _, *tag in found], dtype=np.int64).reshape(-1, 3)
+    tags = np.repeat(np.repeat(tags, lengths, axis=0), repeats, axis=0)
+    return _Carried(rows.indices, tags[:, 0], tags[:, 1], np.sign(tags[:, 2] * rows.data))
+
+
+def distinct(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The different numbers, in order; fresh scales are numbered in order already."""
+    return ids if bool((ids[1:] > ids[:-1]).all()) else np.unique(ids)
+
+
 def _sides(
-    group: RescalingGroup, names: Iterable[str]
+    group: RescalingGroup, carried: _Carried, names: Iterable[str]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Per free scale, whether any entry (also with g = 0) grows with it, and whether any shrinks.
 
     A scale with one side only (in front of a batch norm whose statistics move along) still has a
     minimiser; one of whose sides all entries have g = 0 is dead.
     """
-    positive, negative = group.basis > 0, group.basis < 0
+    names = set(names)
+    known = np.asarray([n in names for n in group.parameters], dtype=bool)[carried.parameter]
     gains = np.zeros(group.num_scales, dtype=bool)
     loses = np.zeros(group.num_scales, dtype=bool)
-    for name in names:
-        for coefficient, ids in group.parameters[name].terms:
-            rows = np.unique(ids.numpy())
-            up = positive[rows].indices if coefficient > 0 else negative[rows].indices
-            down = negative[rows].indices if coefficient > 0 else positive[rows].indices
-            gains[up] = True
-            loses[down] = True
+    gains[carried.scale[known & (carried.sign > 0)]] = True
+    loses[carried.scale[known & (carried.sign < 0)]] = True
     return gains, loses
 
 
@@ -342,14 +399,11 @@ def _log_sum_of_product(g: Product, alive: Sequence[Tensor]) -> float:
     return math.fsum(float((p.t() @ right).log_().sum()) for p in left.split(columns, 1))
 
 
-def layers(group: RescalingGroup) -> NDArray[np.int64]:
+def _layers(group: RescalingGroup, carried: _Carried) -> NDArray[np.int64]:
     """A number per free scale: the parameter in whose rows or columns it stands first."""
     found = np.full(group.num_scales, -1, dtype=np.int64)
-    for k, spec in enumerate(group.parameters.values()):
-        for j, (_, ids) in enumerate(spec.terms):
-            touched = np.unique(group.basis[np.unique(ids.numpy())].indices)
-            new = touched[found[touched] < 0]
-            found[new] = 4 * k + min(j, 3)
+    number = 4 * carried.parameter + np.minimum(carried.term, 3)
+    found[carried.scale[::-1]] = number[::-1]  # the first one is written last
     return found
 
 
@@ -404,12 +458,15 @@ def _classes(
     table = np.stack(
         [ids.expand(sizes).permute(order).reshape(-1).numpy() for _, ids in terms], axis=1
     )
-    if table.shape[1] == 1:
-        tuples, index, counts = np.unique(table[:, 0], return_inverse=True, return_counts=True)
-        tuples = tuples[:, None]
-    else:
-        tuples, index, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
-    return Classes(tuples, index.reshape(-1), counts)
+    key = table[:, 0]
+    for column in table.T[1:]:  # numbers that order as the tuples do
+        key = np.unique(key, return_inverse=True)[1] * (int(column.max()) + 1) + column
+    if bool((key[1:] > key[:-1]).all()):
+        return Classes(table, np.arange(len(table)), np.ones(len(table), np.int64))
+    _, first, index, counts = np.unique(
+        key, return_index=True, return_inverse=True, return_counts=True
+    )
+    return Classes(table[first], index.reshape(-1), counts)
 
 
 def _reduce(
@@ -446,13 +503,3 @@ def _max_over(values: Tensor, axis: int, label: Tensor, count: int) -> Tensor:
     view = [-1 if d == axis else 1 for d in range(values.dim())]
     index = label.reshape(view).expand(values.shape)
     return values.new_zeros(shape).scatter_reduce_(axis, index, values, "amax")
-
-
-def _forms(
-    table: NDArray[np.int64], coefficients: Sequence[int], basis: sp.csr_array, factor: float
-) -> sp.csr_array:
-    """Exponent rows of distinct tuples of variables, times ``factor``."""
-    total = coefficients[0] * basis[table[:, 0]]
-    for k, c in enumerate(coefficients[1:], 1):
-        total = total + c * basis[table[:, k]]
-    return sp.csr_array(total * factor) if factor != 1 else sp.csr_array(total)
