@@ -103,6 +103,16 @@ class Program:
         return self.parameters[name].detach()
 
     @property
+    def device(self) -> torch.device:
+        """Where the values are worked on: with the model if it lies on one device that computes
+        in float64, else on the host."""
+        tensors = [*self.parameters.values(), *self.buffers.values(), *tensors_in(self.inputs)]
+        found = {t.device for t in tensors if not t.is_meta}
+        host = torch.device("cpu")
+        device = found.pop() if len(found) == 1 else host
+        return host if device.type == "mps" else device
+
+    @property
     def training(self) -> bool:
         """The mode the model was in when it was captured."""
         return self.graphs[0].training

@@ -65,7 +65,7 @@ def test_diagonal(shape: tuple[int, ...], piece: int, seed: int, double: bool) -
     found: dict[str, Tensor | Product] = {}
     made: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parameters, "_PIECE", piece)
+        patch.setattr("pathlift.pieces.HOST", piece)
         init = parameters.SquaredRows.__init__
 
         def note(self: parameters.SquaredRows, *args: Any) -> None:

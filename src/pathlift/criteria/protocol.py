@@ -88,7 +88,7 @@ def relative(criterion: Criterion, reference: Mapping[str, Tensor]) -> Criterion
 
         def divided(name: str, c: Tensor | Product) -> None:
             if name in weights:
-                sink(name, dense(c) / weights[name])
+                sink(name, dense(c) / weights[name].to(c.device))
             else:
                 missing.add(name)
 

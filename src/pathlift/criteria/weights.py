@@ -25,18 +25,20 @@ def weight_norm(q: float = 2, biases: bool = True) -> Criterion:
         raise ArgumentError(f"q must be a positive finite number; found {q!r}.")
 
     def hand_on(program: Program, sink: Sink) -> dict[str, int]:
+        device = program.device
         for name, parameter in program.parameters.items():
             if _counts(parameter, biases):
-                sink(name, _size(program.value(name)).pow_(q))
+                sink(name, _size(program.value(name), device).pow_(q))
         return {}
 
     return Criterion(hand_on, rate=float(q), balanced=False)
 
 
 def _hand_on_sizes(program: Program, sink: Sink) -> dict[str, int]:
+    device = program.device
     for name, parameter in program.parameters.items():
         if _counts(parameter, biases=False):
-            sink(name, _size(program.value(name)))
+            sink(name, _size(program.value(name), device))
     return {}
 
 
@@ -49,7 +51,7 @@ def _counts(parameter: Tensor, biases: bool) -> bool:
     return parameter.is_floating_point() and (biases or parameter.dim() > 1)
 
 
-def _size(parameter: Tensor) -> Tensor:
+def _size(parameter: Tensor, device: torch.device) -> Tensor:
     # float64 throughout: a power of a small float32 underflows. A new tensor in any case.
-    size = parameter.detach().to("cpu", torch.float64)
+    size = parameter.detach().to(device, torch.float64)
     return size.abs() if size.data_ptr() == parameter.data_ptr() else size.abs_()

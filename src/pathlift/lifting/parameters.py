@@ -12,16 +12,15 @@ from torch import Tensor
 
 from pathlift.capture import Program
 from pathlift.lifting.product import Product
-
-# Entries of a linear weight that are squared at a time: they fit a processor's cache.
-_PIECE = 1 << 18
+from pathlift.pieces import entries_at_a_time
 
 
-def _power(program: Program, name: str, p: float, dtype: torch.dtype, unit: int | None) -> Any:
-    """``|theta * 2**-unit|^p`` of a parameter, detached, and the unit (found if not given)."""
-    q = program.value(name)
+def _power(
+    q: Tensor, p: float, device: torch.device, dtype: torch.dtype, unit: int | None
+) -> tuple[Tensor, int]:
+    """``|q * 2**-unit|^p`` and the unit (found if not given); never the memory of ``q``."""
     unit = unit_exponent(q) if unit is None else unit
-    x = q.to("cpu", dtype)
+    x = q.to(device, dtype)
     if unit:
         x = x * 2.0**-unit
     if p == 2:  # in place where this is a copy
@@ -37,15 +36,17 @@ class KeptParameters:
     ) -> None:
         self.leaves: dict[str, Tensor] = {}
         self.units: dict[str, int] = {}
+        device = program.device
         for name, q in program.parameters.items():
             if not q.is_floating_point():
                 continue
             if differentiable:
                 self.units[name] = unit_exponent(q)
-                scaled = q.to("cpu", dtype) * 2.0 ** -self.units[name]
+                scaled = q.to(device, dtype) * 2.0 ** -self.units[name]
                 self.leaves[name] = scaled.square() if p == 2 else scaled.abs() ** p
             else:
-                self.leaves[name], self.units[name] = _power(program, name, p, dtype, None)
+                value = program.value(name)
+                self.leaves[name], self.units[name] = _power(value, p, device, dtype, None)
                 self.leaves[name].requires_grad_(torch.is_grad_enabled())
 
     def has(self, name: str) -> bool:
@@ -83,7 +84,7 @@ class DroppedParameters:
         self.leaves: dict[str, Tensor] = {}
         self.units: dict[str, int] = {}
         self.token = torch.zeros((), requires_grad=True)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, program.device
         self._program, self._sink = program, sink
         self._names = {n for n, q in program.parameters.items() if q.is_floating_point()}
         self._live: dict[int, str] = {}  # address of a square that is in memory -> its name
@@ -95,12 +96,14 @@ class DroppedParameters:
         return name in self._names
 
     def value(self, name: str) -> Tensor:
-        """A parameter's values on the host, not to be written to."""
-        return self._program.value(name).cpu()
+        """A parameter's values, not to be written to."""
+        return self._program.value(name).to(self.device)
 
     def square(self, name: str) -> Tensor:
         """The square of a parameter (in its unit), made now."""
-        value, self.units[name] = _power(self._program, name, 2, self.dtype, self.units.get(name))
+        value, self.units[name] = _power(
+            self._program.value(name), 2, self.device, self.dtype, self.units.get(name)
+        )
         return value
 
     def open(self, name: str, by_rows: bool) -> Tensor | SquaredRows:
@@ -203,8 +206,8 @@ class SquaredRows:
         """Rows and their squares; each piece is overwritten by the next."""
         q = self.store.value(self.name) if self._value is None else self._value
         self._value = None
-        size = max(1, _PIECE // max(q.shape[1], 1))
-        buffer = torch.empty((min(size, len(q)), q.shape[1]), dtype=self.store.dtype)
+        size = max(1, entries_at_a_time(q.device) // max(q.shape[1], 1))
+        buffer = q.new_empty((min(size, len(q)), q.shape[1]), dtype=self.store.dtype)
         unit = self.store.unit(self.name)
         for start in range(0, len(q), size):
             rows = slice(start, min(start + size, len(q)))

@@ -28,6 +28,11 @@ class Product:
         return torch.Size((self.left.shape[1], self.right.shape[1]))
 
     @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.left.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both factors."""
         return self.left.nbytes + self.right.nbytes

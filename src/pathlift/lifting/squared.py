@@ -93,9 +93,10 @@ class LiftedPass:
 class _Context:
     """What the rules see: the exponent and the node at hand."""
 
-    def __init__(self, p: float, strict: bool, dtype: torch.dtype) -> None:
+    def __init__(self, p: float, strict: bool, dtype: torch.dtype, device: torch.device) -> None:
         self.p = p
         self.dtype = dtype
+        self.device = device
         self.strict = strict
         self.node: fx.Node = None  # type: ignore[assignment]
         self.approximated: dict[str, int] = {}
@@ -103,14 +104,23 @@ class _Context:
     def coefficient(self, value: Any) -> Any:
         """``|a|^p`` of a fixed coefficient."""
         if isinstance(value, Tensor):
-            return value.to("cpu", self.dtype).abs() ** self.p
+            return value.to(self.device, self.dtype).abs() ** self.p
         return abs(float(value)) ** self.p
 
     def lifted(self, value: Any) -> Lifted:
         """A constant as an activation that starts paths of its own (like a bias)."""
         if isinstance(value, Lifted):
             return value
-        return Lifted(torch.as_tensor(self.coefficient(value), dtype=self.dtype))
+        coefficient = self.coefficient(value)
+        return Lifted(torch.as_tensor(coefficient, dtype=self.dtype, device=self.device))
+
+    def ones(self, shape: Sequence[int] = ()) -> Tensor:
+        """A tensor of ones."""
+        return torch.ones(tuple(shape), dtype=self.dtype, device=self.device)
+
+    def placed(self, value: Any) -> Any:
+        """A constant, where the activations are."""
+        return value.to(self.device) if isinstance(value, Tensor) else value
 
     def approximate(self) -> None:
         """Note the use of a stand-in, or refuse it."""
@@ -153,7 +163,7 @@ def lifted_pass(
     graph = program.graph(training)
     if store is None:
         store = KeptParameters(program, p, dtype, differentiable)
-    context = _Context(p, strict, dtype)
+    context = _Context(p, strict, dtype, program.device)
     env: dict[fx.Node, Any] = {}
     batch: set[int] = set()
     owners = {n: graph.tensors.get(n.name, "") for n in graph.nodes if n.op == "placeholder"}
@@ -167,12 +177,12 @@ def lifted_pass(
                 opened: Any = store.open(name, source in weights)
                 env[source] = Lifted(opened, p * store.unit(name))
         if node in graph.constants:
-            env[node] = graph.constants[node]
+            env[node] = context.placed(graph.constants[node])
         elif node.op == "placeholder":
             if not store.has(owners[node]) and isinstance(node.meta.get("val"), Tensor):
                 shape = shape_of(node)
                 batch.add(shape[0] if len(shape) > 1 else -1)
-                env[node] = Lifted(torch.ones((), dtype=dtype).expand(shape))
+                env[node] = Lifted(context.ones().expand(shape))
         elif node.op == "call_function":
             env[node] = _call(context, node, env)
             if in_place(node) and isinstance(node.args[0], fx.Node):
@@ -341,15 +351,15 @@ def _call(context: _Context, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         return args[0][args[1]] if isinstance(args[0], (list, tuple)) else None
     values = _leaves((args, kwargs))
     if name in _EXPECTATION:
-        return torch.full(shape_of(node), _EXPECTATION[name](args), dtype=context.dtype)
+        return _EXPECTATION[name](args) * context.ones(shape_of(node))
     if not any(isinstance(v, Lifted) for v in values):
-        return _constant(node, args, kwargs)
+        return context.placed(_constant(node, args, kwargs))
     function = LIFTS.get(name)
     if function is None:
         if not isinstance(node.meta.get("val"), Tensor) or not shape_of(node).numel():
             return None
         if not node.meta["val"].is_floating_point():
-            return _mask(node)
+            return _mask(context, node)
         context.approximate()
         return _stand_in(context, node, values)
     return _per_sample(function, context, node, args, kwargs)
@@ -444,9 +454,9 @@ def _constant(node: fx.Node, args: Any, kwargs: Any) -> Any:
         return None
 
 
-def _mask(node: fx.Node) -> Tensor:
+def _mask(context: _Context, node: fx.Node) -> Tensor:
     """A comparison of activations: every path is kept."""
-    return torch.ones(shape_of(node), dtype=node.meta["val"].dtype)
+    return context.ones(shape_of(node)).to(node.meta["val"].dtype)
 
 
 def _stand_in(context: _Context, node: fx.Node, values: list[Any]) -> Lifted:
@@ -669,7 +679,7 @@ def _batch_norm(
     else:
         eps = float(rest[-2] if operation(c.node) in ("batch_norm", "instance_norm") else rest[-1])
         view = (-1,) + (1,) * (x.tensor.dim() - 2)
-        sigma = (var.to("cpu", torch.float64) + eps).sqrt().to(c.dtype)
+        sigma = (var.to(c.device, torch.float64) + eps).sqrt().to(c.dtype)
         (left, right), shift = _aligned(c, (x, mean))
         out = Lifted((left + right.reshape(view)) / (sigma**c.p).reshape(view), shift)
         out = _affine(c, out, w, b, 1)
@@ -743,7 +753,7 @@ def _window_sum(
         reach = (target[d] - 1) * stride[d] + dilation[d] * (size[d] - 1) + 1
         pads = [padding[d], max(reach - flat.shape[2 + d] - padding[d], 0)] + pads
     flat = F.pad(flat, pads)
-    ones = torch.ones((1, 1, *size), dtype=x.dtype)
+    ones = x.new_ones((1, 1, *size))
     out = getattr(F, f"conv{n}d")(flat, ones, stride=stride, dilation=dilation)
     out = out[(..., *(slice(0, t) for t in target))]
     return out.reshape(*lead, *target)
@@ -788,7 +798,7 @@ def _pools(n: int) -> None:
         stride = _tuple(stride, n) if stride else size
         padding = _tuple(padding, n)
         total = x.map(lambda t: _window_sum(t, size, stride, padding, (1,) * n, _target(c, n)))
-        ones = torch.ones((1, 1, *x.tensor.shape[-n:]), dtype=c.dtype)
+        ones = c.ones((1, 1, *x.tensor.shape[-n:]))
         # Each output position has one coefficient 1 / divisor; read it off the operation itself.
         extra = [divisor_override] if divisor_override is not None else []
         pool = getattr(F, f"avg_pool{n}d")
@@ -802,7 +812,7 @@ def _pools(n: int) -> None:
         def run(c: _Context, x: Lifted, size: Any) -> Any:
             target = _target(c, n)
             inside = x.tensor.shape[-n:]
-            count = torch.ones(target, dtype=c.dtype)
+            count = c.ones(target)
             for d in range(n):
                 widths = [
                     -(-(i + 1) * inside[d] // target[d]) - i * inside[d] // target[d]
@@ -810,7 +820,7 @@ def _pools(n: int) -> None:
                 ]
                 view = [1] * n
                 view[d] = -1
-                count = count * torch.tensor(widths, dtype=c.dtype).reshape(view)
+                count = count * torch.tensor(widths, dtype=c.dtype).to(c.device).reshape(view)
             pool = getattr(F, f"adaptive_avg_pool{n}d")
             weight = count ** (1 - c.p) if averaged else count
             out = x.map(lambda t: pool(t, target) * weight).normalised()
@@ -854,7 +864,7 @@ def _resample_linear(c: _Context, x: Lifted, size: Any, align: bool, *scales: An
     out = x.tensor
     for d in range(n):
         axis = out.dim() - n + d
-        eye = torch.eye(out.shape[axis], dtype=c.dtype)[None]
+        eye = torch.eye(out.shape[axis], dtype=c.dtype, device=c.device)[None]
         matrix = torch.ops.aten.upsample_linear1d(eye, [target[d]], align, factors[d])[0] ** c.p
         out = torch.movedim(torch.movedim(out, axis, -1) @ matrix, -1, axis)
     return Lifted(out, x.shift)
@@ -963,14 +973,14 @@ def _cat(c: _Context, tensors: Sequence[Any], dim: int = 0) -> Lifted:
 
 @lift("masked_fill")
 def _masked_fill(c: _Context, x: Any, mask: Any, value: Any) -> Lifted:
-    keep = mask if isinstance(mask, Tensor) else torch.zeros(shape_of(c.node), dtype=torch.bool)
+    keep = mask if isinstance(mask, Tensor) else c.ones(shape_of(c.node)) == 0
     return c.lifted(x).map(lambda t: t.masked_fill(keep, 0.0))
 
 
 @lift("where")
 def _where(c: _Context, mask: Any, x: Any, y: Any) -> Lifted:
     (left, right), shift = _aligned(c, (x, y))
-    keep = mask if isinstance(mask, Tensor) else torch.ones((), dtype=torch.bool)
+    keep = mask if isinstance(mask, Tensor) else c.ones() == 1
     return Lifted(torch.where(keep, left, right).expand(shape_of(c.node)), shift)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from pathlift.capture import Program
 from pathlift.criteria.protocol import Coefficients, Criterion
 from pathlift.lifting.product import Product, dense
-from pathlift.solve.matrix import Store
+from pathlift.pieces import entries_at_a_time
+from pathlift.solve.matrix import Store, to_numpy
 from pathlift.solve.problem import MatrixBlock, Operator, Problem, as_is
 from pathlift.solve.ranges import value
 from pathlift.symmetry.group import ParameterScales, RescalingGroup
@@ -24,9 +25,6 @@ from pathlift.symmetry.group import ParameterScales, RescalingGroup
 Array = NDArray[np.float64]
 # A group of axes and the terms of the exponent that vary along them.
 Part = tuple[tuple[int, ...], list[tuple[int, Tensor]]]
-
-# Entries of a tensor that are worked on at a time where a copy is needed.
-_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -197,8 +195,8 @@ def _sum_up_product(
         tally = found.merge(alive[axis].to(torch.float64), 0) * sizes[1 - axis]
         kept = tally > 0
         merged.append(found.merge(factors[axis], 1)[:, kept])
-        labels.append(found.tuples[kept.numpy()])
-        tallies.append(tally[kept].numpy())
+        labels.append(found.tuples[kept.cpu().numpy()])
+        tallies.append(to_numpy(tally[kept]))
     if len(parts) == 2:
         product = Product(merged[0], merged[1])
         matrix = product if product.thin else product.dense()
@@ -222,7 +220,8 @@ def _all_positive(numel: int, classes: Sequence[Classes]) -> list[Array]:
 
 def _tallies(g: Tensor, parts: Sequence[Part], classes: Sequence[Classes]) -> list[Array]:
     number = _reduce((g > 0).to(torch.float64), parts, classes)
-    return [number.numpy()] if len(parts) == 1 else [number.sum(1).numpy(), number.sum(0).numpy()]
+    sums = [number] if len(parts) == 1 else [number.sum(1), number.sum(0)]
+    return [to_numpy(s) for s in sums]
 
 
 def assemble_sums(
@@ -270,7 +269,7 @@ def assemble_sums(
         for k, e in enumerate(pairs)
     )
     single_forms = _rows(forms, starts[2 * len(pairs)], starts[2 * len(pairs) + len(singles)])
-    vector = torch.cat([dense(e.matrix) for e in singles] or [torch.zeros(0, dtype=torch.float64)])
+    vector = np.concatenate([np.zeros(0), *(to_numpy(dense(e.matrix)) for e in singles)])
     carried = _carried(group)
     gains, loses = _sides(group, carried, sums)
     one_sided = (gains & (entering == 0)) | (loses & (leaving == 0))
@@ -379,14 +378,12 @@ def _sides(
 
 
 def _log_sum(g: Tensor, full: bool) -> float:
-    """Sum of natural logarithms of positive entries: pieces in their dtype, their sums in float64.
-
-    A piece is short enough that its sum in single precision is as good as its entries are.
-    """
-    rows = max(1, _PIECE * max(len(g), 1) // max(g.numel(), 1)) if g.dim() else 1
+    """Sum of natural logarithms of positive entries, logarithms in their dtype, sums in float64."""
+    size = entries_at_a_time(g.device)
+    rows = max(1, size * max(len(g), 1) // max(g.numel(), 1)) if g.dim() else 1
     pieces = g.split(rows) if g.dim() else [g]
     positive = (piece if full else piece[piece > 0] for piece in pieces)
-    return math.fsum(float(piece.log().sum()) for piece in positive)
+    return math.fsum(float(piece.log().sum(dtype=torch.float64)) for piece in positive)
 
 
 def _log_sum_of_product(g: Product, alive: Sequence[Tensor]) -> float:
@@ -395,8 +392,9 @@ def _log_sum_of_product(g: Product, alive: Sequence[Tensor]) -> float:
     if len(left) == 1:
         logs = [float(f.to(torch.float64).log().sum()) for f in (left, right)]
         return right.shape[1] * logs[0] + left.shape[1] * logs[1]
-    columns = max(1, _PIECE // right.shape[1])
-    return math.fsum(float((p.t() @ right).log_().sum()) for p in left.split(columns, 1))
+    columns = max(1, entries_at_a_time(g.device) // right.shape[1])
+    products = (piece.t() @ right for piece in left.split(columns, 1))
+    return math.fsum(float(p.log_().sum(dtype=torch.float64)) for p in products)
 
 
 def _layers(group: RescalingGroup, carried: _Carried) -> NDArray[np.int64]:
@@ -441,13 +439,13 @@ class Classes:
         """Sums (or maxima) of the slices of each class, in their order."""
         number = len(self.tuples)
         if number < len(self.index):
-            label = torch.from_numpy(self.index)
+            label = torch.from_numpy(self.index).to(values.device)
             over = _max_over if maxima else _sum_over
             return over(values, axis, label, number)
         order = np.argsort(self.index)
         if np.array_equal(order, np.arange(number)):
             return values
-        return values.index_select(axis, torch.from_numpy(order))
+        return values.index_select(axis, torch.from_numpy(order).to(values.device))
 
 
 def _classes(
@@ -488,7 +486,7 @@ def _reduce(
 def _sum_over(values: Tensor, axis: int, label: Tensor, count: int) -> Tensor:
     """Sum slices with equal label; runs of one length (a flattened feature map) by reshaping."""
     run = values.shape[axis] // count
-    regular = torch.arange(count).repeat_interleave(run)
+    regular = torch.arange(count, device=label.device).repeat_interleave(run)
     if len(regular) == len(label) and torch.equal(regular, label):
         return values.unflatten(axis, (count, run)).sum(axis + 1)
     shape = list(values.shape)

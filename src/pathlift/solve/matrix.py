@@ -6,7 +6,7 @@ Both hold entries ``2^(rows_o + columns_i) m[o, i]``: the powers of two are carr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pathlift import pieces
 from pathlift.errors import ArgumentError
 from pathlift.lifting.product import Product
+from pathlift.pieces import entries_at_a_time
 
 Array = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 Store = Callable[[Tensor], Tensor]
 
-# Entries of a matrix that are widened at a time; smaller matrices are widened once.
-_PIECE = 1 << 18
 # Row maxima within 2**-_PLAIN_BITS .. 2**_PLAIN_BITS need no normalisation (and no copy).
 _PLAIN_BITS = 100
 # Factors of a product of several rows may be this far (in bits) below the largest of their column;
@@ -96,6 +96,43 @@ def power(values: Tensor | Product, exponent: float) -> Tensor | Product:
     return values.double() ** exponent
 
 
+def both_products(
+    matrices: Sequence[Matrix], vectors: Sequence[tuple[Array, Array]]
+) -> list[tuple[Array, Array]]:
+    """``m v`` and ``m^T u`` of every matrix with its ``(v, u)``.
+
+    Vectors go to an accelerator together and products come back together: one transfer each way,
+    however many matrices are there.
+    """
+    found = [
+        (np.zeros(0), np.zeros(0)) if _is_there(m) else m.pair(v, u)
+        for m, (v, u) in zip(matrices, vectors, strict=True)
+    ]
+    there = [k for k, m in enumerate(matrices) if _is_there(m)]
+    if there:
+        found_there = _pairs_there([matrices[k] for k in there], [vectors[k] for k in there])
+        for k, products in zip(there, found_there, strict=True):
+            found[k] = products
+    return found
+
+
+def _is_there(matrix: Matrix) -> bool:
+    return isinstance(matrix, Dense) and matrix.values.device.type != "cpu"
+
+
+def _pairs_there(
+    matrices: Sequence[Matrix], vectors: Sequence[tuple[Array, Array]]
+) -> list[tuple[Array, Array]]:
+    dense = [m for m in matrices if isinstance(m, Dense)]
+    both = [part for pair in vectors for part in pair]
+    joined = torch.from_numpy(np.concatenate(both)).to(dense[0].values.device)
+    sent = joined.split([len(part) for part in both])
+    products = [p for k, m in enumerate(dense) for p in m.pair_there(sent[2 * k], sent[2 * k + 1])]
+    ends = np.cumsum([n for m in dense for n in m.shape])
+    received = np.split(to_numpy(torch.cat(products)), ends[:-1])
+    return list(zip(received[::2], received[1::2], strict=True))
+
+
 class Dense:
     """A formed matrix, float64 or (a large one) float32."""
 
@@ -111,8 +148,8 @@ class Dense:
         smallest = low
         if not low:
             tops = values.amax(1)
-            rows[(tops == 0).numpy()] = -np.inf
-            columns[(values.amax(0) == 0).numpy()] = -np.inf
+            rows[(tops == 0).cpu().numpy()] = -np.inf
+            columns[(values.amax(0) == 0).cpu().numpy()] = -np.inf
             smallest = float(tops[tops > 0].amin())
         elif low < 2.0**-_PLAIN_BITS:
             smallest = float(values.amax(1).amin())
@@ -127,7 +164,7 @@ class Dense:
         if values.dtype == np.float64:
             return np.asarray(values @ v), np.asarray(u @ values)
         across, down = np.empty(values.shape[0]), np.zeros(values.shape[1])
-        size = max(1, _PIECE // values.shape[1])
+        size = max(1, pieces.HOST // values.shape[1])
         wide = np.empty((size, values.shape[1]))
         for start in range(0, values.shape[0], size):
             part = values[start : start + size]
@@ -137,29 +174,42 @@ class Dense:
             down += u[start : start + size] @ piece
         return across, down
 
+    def pair_there(self, v: Tensor, u: Tensor) -> list[Tensor]:
+        """The same on the matrix's own device: ``m v`` in parts, then ``m^T u``."""
+        size = max(1, entries_at_a_time(v.device) // self.shape[1])
+        across, down = [], torch.zeros_like(v)
+        for piece, weights in zip(self.values.split(size), u.split(size), strict=True):
+            wide = piece.to(torch.float64)
+            across.append(wide @ v)
+            down += weights @ wide
+        return [*across, down]
+
     def normalised(self, rows: Array, columns: Array, store: Store) -> Dense:
         """Every row has maximum about 1. Only powers of two are multiplied in, so nothing is
         rounded; what underflows is 2^-1000 of its row."""
         mantissa, exponent = torch.frexp(self.values)
         bits = exponent.to(torch.float64)
-        bits += torch.from_numpy(rows)[:, None] + torch.from_numpy(columns)[None, :]
+        bits += torch.from_numpy(rows).to(bits.device)[:, None]
+        bits += torch.from_numpy(columns).to(bits.device)
         bits[self.values == 0] = -np.inf
         top = bits.amax(1)
         bits -= torch.where(torch.isfinite(top), top, torch.zeros_like(top))[:, None]
         values = store(torch.exp2(bits).mul_(mantissa))
-        return Dense(values, top.numpy(), self.columns, self.has_zeros, True)
+        return Dense(values, to_numpy(top), self.columns, self.has_zeros, True)
 
     def pick(self, row: NDArray[np.int64], column: NDArray[np.int64]) -> Array:
         """Some of the ``m[o, i]``."""
-        return np.asarray(self.values.numpy()[row, column], dtype=np.float64)
+        if self.values.device.type == "cpu":
+            return np.asarray(self.values.numpy()[row, column], dtype=np.float64)
+        return to_numpy(self.values[torch.from_numpy(row), torch.from_numpy(column)])
 
     def positive(self) -> BoolArray:
         """``(R, C)``: where entries are positive."""
-        return np.asarray(self.values.numpy() > 0)
+        return np.asarray((self.values > 0).cpu().numpy())
 
     def log2(self) -> Tensor:
         """``(R, C)``: log2 of the entries."""
-        return torch.log2(self.values.to(torch.float64))
+        return torch.log2(self.values.to("cpu", torch.float64))
 
 
 class Factored:
@@ -226,10 +276,11 @@ def to_numpy(values: Tensor | Array) -> Array:
 
 
 def _kept(matrix: Tensor) -> Tensor:
-    """The matrix as products use it: float64 if it is small, else as it is (float32 takes half)."""
-    matrix = matrix.detach().cpu()
-    narrow = matrix.dtype == torch.float32 and matrix.numel() > _PIECE
-    return matrix.contiguous() if narrow else matrix.to(torch.float64)
+    """The matrix as products use it: a large one as it is, where it is (float32 takes half the
+    memory), a small one in float64 on the host."""
+    if matrix.numel() > pieces.HOST and matrix.dtype in (torch.float32, torch.float64):
+        return matrix.detach().contiguous()
+    return matrix.detach().to("cpu", torch.float64)
 
 
 def check_values(name: str, low: float, high: float) -> None:

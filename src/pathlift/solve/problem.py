@@ -29,7 +29,15 @@ from scipy import sparse
 
 from pathlift.errors import ArgumentError
 from pathlift.lifting.product import Product
-from pathlift.solve.matrix import Array, Matrix, Store, check_values, matrix_of, to_numpy
+from pathlift.solve.matrix import (
+    Array,
+    Matrix,
+    Store,
+    both_products,
+    check_values,
+    matrix_of,
+    to_numpy,
+)
 
 IntArray = NDArray[np.int64]
 
@@ -277,11 +285,12 @@ class Operator:
         weights = np.empty(n)
         sums: list[float] = []
         logs: list[float] = []
-        for b, matrix in enumerate(self._matrices):
-            row, col = self.segments(b)
-            u, v = factors[row], factors[col]
-            across, down = matrix.pair(v, u)
-            weights[row], weights[col] = u * across, v * down
+        parts = [self.segments(b) for b in range(len(self.blocks))]
+        products = both_products(
+            self._matrices, [(factors[col], factors[row]) for row, col in parts]
+        )
+        for b, ((row, col), (across, down)) in enumerate(zip(parts, products, strict=True)):
+            weights[row], weights[col] = factors[row] * across, factors[col] * down
             sums.append(float(weights[row].sum()))
             logs.append(float(tops[2 * b] + tops[2 * b + 1]))
         if self.has_vector:
@@ -336,12 +345,12 @@ class Operator:
             return np.zeros_like(direction)
         moved = self.forms @ direction
         out = at.weights * moved
-        for b, matrix in enumerate(at.matrices):
-            row, col = self.segments(b)
-            u, v = at.factors[row], at.factors[col]
-            across, down = matrix.pair(v * moved[col], u * moved[row])
-            out[row] += at.levels[b] * u * across
-            out[col] += at.levels[b] * v * down
+        parts = [self.segments(b) for b in range(len(self.blocks))]
+        aimed = at.factors * moved
+        products = both_products(at.matrices, [(aimed[col], aimed[row]) for row, col in parts])
+        for b, ((row, col), (across, down)) in enumerate(zip(parts, products, strict=True)):
+            out[row] += at.levels[b] * at.factors[row] * across
+            out[col] += at.levels[b] * at.factors[col] * down
         self.pairs += 1
         product = self.forms_t @ out - at.mean * float(at.mean @ direction)
         return np.asarray(4.0 * LN2**2 * self.problem.count * product)
