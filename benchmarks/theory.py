@@ -79,9 +79,9 @@ def imbalance_at(
     diagonal: dict[str, Tensor], group: pathlift.RescalingGroup, scales: Array
 ) -> float:
     """``log(AM/GM)`` of ``g'`` after rescaling by any (also fractional) scales."""
-    variables = group.variables(scales)
+    exponents = group.parameter_exponents(group.variables(scales))
     moved = {
-        name: g * torch.exp2(-2 * sum(group.parameter_exponents(name, variables), torch.zeros(())))
+        name: g * torch.exp2(-2 * sum(exponents.get(name, []), torch.zeros(())))
         for name, g in diagonal.items()
     }
     return pathlift.imbalance(moved)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pathlift.apply import extent_bounds, rescale_
+from pathlift.apply import rescale_
 from pathlift.capture import capture
 from pathlift.condition import _finite_extents, choose_scales
 from pathlift.criteria import CRITERIA
+from pathlift.extents import extent_bounds
 from pathlift.lifting.squared import lifted_pass
 from pathlift.solve.assemble import assemble_from
 from pathlift.solve.matrix import Dense

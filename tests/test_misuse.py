@@ -327,15 +327,15 @@ def test_a_failure_in_the_middle_of_applying(
     optimizer.step()
     before = copy.deepcopy(model.state_dict())
     state = copy.deepcopy(optimizer.state_dict()["state"])
-    real, calls = pathlift.apply.multiply_, []
+    real, calls = pathlift.apply.multiply_by_, []
 
-    def failing(tensor: Tensor, exponents: Any, power: int = 1) -> None:
+    def failing(tensor: Tensor, factors: Any) -> None:
         calls.append(tensor)
         if len(calls) == fail_at + 1:
             raise MemoryError("injected")
-        real(tensor, exponents, power)
+        real(tensor, factors)
 
-    monkeypatch.setattr(pathlift.apply, "multiply_", failing)
+    monkeypatch.setattr(pathlift.apply, "multiply_by_", failing)
     group = pathlift.rescaling_group(model, X)
     scales = torch.arange(1, 9) if exact else torch.arange(1, 9) * 0.3
     with pytest.raises(MemoryError, match="injected"):

@@ -115,11 +115,11 @@ def rescaled_statistics(
     statistics: Mapping[str, tuple[Tensor, Tensor]], group: RescalingGroup, log2_scales: Tensor
 ) -> Statistics:
     """The statistics after ``group.rescale_``: a pre-activation is scaled like its bias."""
-    variables = group.variables(log2_scales)
+    exponents = group.parameter_exponents(group.variables(log2_scales))
     found = {}
     for name, (mean, deviation) in statistics.items():
         factor = torch.ones((), dtype=torch.float64)
-        for exponent in group.parameter_exponents(name, variables):
+        for exponent in exponents.get(name, ()):
             factor = factor * torch.exp2(exponent)
         found[name] = (mean * factor.to(mean), deviation * factor.to(deviation))
     return found

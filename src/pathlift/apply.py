@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,6 +12,8 @@ from torch import Tensor, nn
 
 from pathlift.capture import check_model, named_tensors
 from pathlift.errors import ArgumentError, RangeError
+from pathlift.extents import Extent, Joined, extents
+from pathlift.pieces import entries_at_a_time
 from pathlift.sharded import largest_around, local_factors, local_part
 from pathlift.symmetry.group import RescalingGroup
 from pathlift.training.optimizers import Optimizers, state_changes
@@ -21,55 +21,53 @@ from pathlift.training.optimizers import Optimizers, state_changes
 # Log2 factors of one tensor, as small tensors whose broadcast sum is meant.
 Factors = list[Tensor]
 
-# Integers of the size of a floating-point number, by its bytes.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Entries that are worked on at a time: they fit a processor's cache.
-_PIECE = 1 << 18
-
 
 def rescale_(
     model: nn.Module,
     group: RescalingGroup,
     log2_scales: Tensor | NDArray[np.generic],
     optimizer: Optimizers = None,
-    extents: Mapping[str, Extent] | None = None,
 ) -> None:
-    """Multiply every parameter by ``2 ** (E s)``; see :meth:`RescalingGroup.rescale_`.
+    """Multiply every parameter by ``2 ** (E s)``; see :meth:`RescalingGroup.rescale_`."""
+    parameters, buffers, _ = named_tensors(check_model(model))
+    rescale_tensors_({**buffers, **parameters}, group, log2_scales, optimizer)
 
-    ``extents``: the parameters' magnitudes, if they have been looked at already.
+
+def rescale_tensors_(
+    tensors: Mapping[str, Tensor],
+    group: RescalingGroup,
+    log2_scales: Tensor | NDArray[np.generic],
+    optimizer: Optimizers = None,
+    known: Mapping[str, Extent] | None = None,
+) -> None:
+    """:func:`rescale_` of a model's parameters and buffers by name.
+
+    ``known``: their magnitudes, if they have been looked at already.
     """
-    model = check_model(model)
-    variables = group.variables(log2_scales)
-    exact = bool((variables == np.round(variables)).all())
-    named, buffers, _ = named_tensors(model)
-    parameters: dict[str, Tensor] = {**buffers, **named}
-    changes: list[tuple[str, Tensor, Factors]] = []
     for name, spec in group.parameters.items():
-        if name not in parameters:
+        if name not in tensors:
             raise ArgumentError(
                 f"the model has no parameter '{name}', which the group rescales. Pass the model "
                 f"the group was computed for."
             )
-        parameter = parameters[name]
-        if parameter.shape != spec.shape:
+        if tensors[name].shape != spec.shape:
             raise ArgumentError(
-                f"parameter '{name}' has shape {tuple(parameter.shape)}; the group was computed "
-                f"for {tuple(spec.shape)}. Pass the model the group was computed for."
+                f"parameter '{name}' has shape {tuple(tensors[name].shape)}; the group was "
+                f"computed for {tuple(spec.shape)}. Pass the model the group was computed for."
             )
-        if not spec.terms:
-            continue
-        exponents = group.parameter_exponents(name, variables)
-        if exponents:
-            changes.append((name, parameter, exponents))
+    variables = group.variables(log2_scales)
+    exact = bool((variables == np.round(variables)).all())
+    exponents = group.parameter_exponents(variables)
     if exact:
-        known = extents or {}
-        changes = [(n, p, in_range(n, p, e, known.get(n))) for n, p, e in changes]
+        known = known or extents({n: tensors[n] for n in exponents})
+        exponents = in_range(tensors.__getitem__, exponents, known)
+    changes = [(n, tensors[n], e) for n, e in exponents.items()]
     states = list(state_changes(optimizer, changes))
-    _all_or_none([(p.data, e, 1) for _, p, e in changes], states, exact)
+    _all_or_none([(p.data, e) for _, p, e in changes], states, exact)
 
 
 def _all_or_none(
-    parameters: list[tuple[Tensor, Factors, int]],
+    parameters: list[tuple[Tensor, Factors]],
     states: list[tuple[Tensor, Factors, int]],
     exact: bool,
 ) -> None:
@@ -79,17 +77,22 @@ def _all_or_none(
     a copy; an optimiser's state may underflow (the momentum of a dead unit), so it is copied.
     """
     undo: list[Callable[[], object]] = []
+
+    def copied(tensor: Tensor) -> Callable[[], object]:
+        return partial(tensor.copy_, tensor.clone())
+
     with torch.no_grad():
         try:
-            for group, reversible in ((parameters, exact), (states, False)):
-                for tensor, exponents, power in group:
-                    restore: Callable[[], object] = (
-                        partial(multiply_, tensor, exponents, -power)
-                        if reversible
-                        else partial(tensor.copy_, tensor.clone())
-                    )
-                    multiply_(tensor, exponents, power)
-                    undo.append(restore)
+            local = [(local_part(t), local_factors(t, e)) for t, e in parameters]
+            made = power_factors([(t.dtype, e) for t, e in local])
+            for (tensor, exponents), factors in zip(local, made, strict=True):
+                restore = partial(multiply_, tensor, exponents, -1) if exact else copied(tensor)
+                multiply_by_(tensor, factors)
+                undo.append(restore)
+            for tensor, exponents, power in states:
+                restore = copied(tensor)
+                multiply_(tensor, exponents, power)
+                undo.append(restore)
         except BaseException:
             for restore in reversed(undo):
                 restore()
@@ -97,26 +100,38 @@ def _all_or_none(
 
 
 def multiply_(tensor: Tensor, exponents: Factors, power: int = 1) -> None:
-    """``tensor *= 2 ** (power * sum(exponents))``; exact for integer exponents.
-
-    Powers of two are made by ``ldexp`` on the host, never by a rounding ``pow``. One pass over the
-    tensor per factor (rows, columns), each a small tensor that broadcasts.
-    """
+    """``tensor *= 2 ** (power * sum(exponents))``; exact for integer exponents."""
     exponents = local_factors(tensor, exponents)
-    multiply_by_(local_part(tensor), power_factors(tensor.dtype, exponents, power))
+    (factors,) = power_factors([(tensor.dtype, exponents)], power)
+    multiply_by_(local_part(tensor), factors)
 
 
-def power_factors(dtype: torch.dtype, exponents: Factors, power: int = 1) -> list[Tensor]:
-    """``2 ** (power * e)`` for each exponent tensor, in the dtype that the product needs."""
-    wide = dtype in (torch.float64, torch.float32)
-    largest = abs(power) * sum(float(e.abs().max()) for e in exponents if e.numel())
-    compute = dtype if wide and largest < 100 else torch.float64
+def power_factors(
+    targets: Sequence[tuple[torch.dtype, Factors]], power: int = 1
+) -> list[list[Tensor]]:
+    """``2 ** (power * e)`` of every exponent tensor, in the dtype that its product needs.
+
+    Powers of two are made by ``ldexp`` on the host, never by a rounding ``pow``; all at once, since
+    a model has hundreds of small ones.
+    """
+    joined = Joined.of([e for _, exponents in targets for e in exponents])
+    scaled = joined.entries * power
+    whole = np.rint(scaled)
+    wide = torch.from_numpy(np.ldexp(np.exp2(scaled - whole), whole.astype(np.int64)))
+    pieces = {
+        dtype: iter(wide.to(dtype).split(joined.sizes.tolist()))
+        for dtype in (torch.float64, torch.float32)
+    }
+    reach = iter([max(-low, high) for low, high in joined.spans()])
     found = []
-    for exponent in exponents:
-        scaled = (exponent * power).numpy()
-        whole = np.rint(scaled)
-        factor = np.asarray(np.ldexp(np.exp2(scaled - whole), whole.astype(np.int64)))
-        found.append(torch.from_numpy(factor).to(compute))
+    for dtype, exponents in targets:
+        largest = abs(power) * sum(next(reach) for _ in exponents)
+        plain = dtype in (torch.float64, torch.float32) and largest < 100
+        made = []
+        for exponent in exponents:
+            here = {d: next(p) for d, p in pieces.items()}
+            made.append(here[dtype if plain else torch.float64].view(exponent.shape))
+        found.append(made)
     return found
 
 
@@ -130,17 +145,23 @@ def multiply_by_(tensor: Tensor, factors: Sequence[Tensor]) -> None:
         return
     if not tensor.dim():
         tensor = tensor.view(1)
-    compute = factors[0].dtype
     spread = [_spread(f.to(tensor.device), tensor) for f in factors]
-    # On an accelerator a piece costs a launch, and there is memory bandwidth to spare.
-    rows = max(1, _PIECE // max(tensor[:1].numel(), 1)) if tensor.device.type == "cpu" else 1 << 62
+    size = entries_at_a_time(tensor.device)
+    if tensor.numel() <= size:
+        _multiply_piece_(tensor, spread)
+        return
+    rows = max(1, size // max(tensor[:1].numel(), 1))
     for start in range(0, tensor.shape[0], rows):
-        piece = tensor[start : start + rows]
-        work = piece if compute == tensor.dtype else piece.to(compute)
-        for factor in spread:
-            work = work.mul_(factor[start : start + rows] if factor.shape[0] > 1 else factor)
-        if work is not piece:
-            piece.copy_(work.to(tensor.dtype))
+        here = slice(start, start + rows)
+        _multiply_piece_(tensor[here], [f[here] if f.shape[0] > 1 else f for f in spread])
+
+
+def _multiply_piece_(piece: Tensor, factors: Sequence[Tensor]) -> None:
+    work = piece if factors[0].dtype == piece.dtype else piece.to(factors[0].dtype)
+    for factor in factors:
+        work = work.mul_(factor)
+    if work is not piece:
+        piece.copy_(work.to(piece.dtype))
 
 
 def _spread(factor: Tensor, tensor: Tensor) -> Tensor:
@@ -155,133 +176,40 @@ def _spread(factor: Tensor, tensor: Tensor) -> Tensor:
     return factor.expand(1, *tensor.shape[1:]).contiguous()
 
 
-def exponent_limits(dtype: torch.dtype) -> tuple[int, int]:
-    """Binary exponents of the smallest and the largest normal number of a dtype."""
-    info = torch.finfo(dtype)
-    return int(np.frexp(info.tiny)[1]) - 1, int(np.frexp(info.max)[1]) - 1
-
-
-@dataclass(frozen=True)
-class Extent:
-    """What is known of a tensor's magnitudes.
-
-    Attributes:
-        dtype: the tensor's.
-        exponents: smallest and largest binary exponent of the non-zero entries; None if there are
-            none, or if not all are finite.
-        finite: whether no entry is NaN or infinite.
-    """
-
-    dtype: torch.dtype
-    exponents: tuple[int, int] | None
-    finite: bool = True
-
-    def allows(self, exponents: Factors) -> bool:
-        """Whether factors ``2 ** exponents`` surely keep every entry normal, in any order."""
-        if self.exponents is None:
-            return True
-        low, high = exponent_limits(self.dtype)
-        return (
-            self.exponents[1] + sum(max(float(e.max()), 0) for e in exponents) <= high
-            and self.exponents[0] + sum(min(float(e.min()), 0) for e in exponents) >= low
-        )
-
-
-def extent(tensor: Tensor) -> Extent:
-    """The magnitudes of a floating-point tensor, in one pass over its bits.
-
-    Without the sign, the bits of a floating-point number order as its magnitude does; less one,
-    the zeros come last. Of a sharded tensor every process finds the extent of the whole.
-    """
-    dtype = tensor.dtype
-    integers = _INTEGERS[dtype.itemsize]
-    mask = torch.iinfo(integers).max
-    flat = _in_storage_order(local_part(tensor.detach())).view(integers)
-    size = _PIECE if flat.device.type == "cpu" else max(flat.numel(), 1)
-    low, high = mask, 0
-    for piece in flat.split(size):
-        if piece.numel():
-            bits = piece.bitwise_and(mask)
-            high = max(high, int(bits.amax()))
-            low = min(low, int(bits.sub_(1).bitwise_and_(mask).amin()))
-    high, low = largest_around(tensor, (high, -low))
-    low = -low
-    ends = torch.tensor([low, high - 1], dtype=integers).add_(1).view(dtype)
-    if not bool(torch.isfinite(ends[1:].to(torch.float64)).all()):
-        return Extent(dtype, None, False)
-    if not high:
-        return Extent(dtype, None)
-    smallest, largest = ends.to(torch.float64).tolist()
-    return Extent(dtype, (math.frexp(smallest)[1] - 1, math.frexp(largest)[1] - 1))
-
-
-def _in_storage_order(tensor: Tensor) -> Tensor:
-    """All entries as a vector, in whatever order costs no copy."""
-    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d]))
-    return tensor.permute(order[::-1]).reshape(-1)
-
-
 def in_range(
-    name: str, parameter: Tensor, exponents: Factors, known: Extent | None = None
-) -> Factors:
-    """The factors to multiply by, in an order that is exact.
+    values: Callable[[str], Tensor],
+    exponents: Mapping[str, Factors],
+    known: Mapping[str, Extent],
+) -> dict[str, Factors]:
+    """The factors to multiply each tensor by, in an order that is exact.
 
-    ``known``: the parameter's magnitudes, if they have been looked at already.
+    ``values``: the tensor of a name; ``known``: the tensors' magnitudes.
 
     Raises:
         RangeError: there is none; bits would be lost.
     """
-    if (known or extent(parameter)).allows(exponents):
-        return exponents
-    joined = [sum(exponents[1:], exponents[0])]
+    spans = iter(Joined.of([e for factors in exponents.values() for e in factors]).spans())
+    return {
+        name: factors
+        if known[name].allows([next(spans) for _ in factors])
+        else _joined_in_range(name, values(name), factors)
+        for name, factors in exponents.items()
+    }
+
+
+def _joined_in_range(name: str, parameter: Tensor, exponents: Factors) -> Factors:
+    """One factor for all; tried on a copy."""
+    whole = [sum(exponents[1:], exponents[0])]
     part = local_part(parameter.detach())
-    factors = local_factors(parameter, joined)
+    factors = local_factors(parameter, whole)
     back = part.clone()
     multiply_(back, factors)
     multiply_(back, factors, -1)
     (lost,) = largest_around(parameter, (int(not torch.equal(back, part)),))
     if lost:
         raise RangeError(
-            f"rescaling '{name}' by 2**{joined[0].min():.0f} to 2**{joined[0].max():.0f} leaves "
+            f"rescaling '{name}' by 2**{whole[0].min():.0f} to 2**{whole[0].max():.0f} leaves "
             f"the normal range of {str(parameter.dtype).removeprefix('torch.')}: bits would be "
             f"lost. Nothing was changed. Use smaller scales or a wider dtype."
         )
-    return joined
-
-
-def extent_bounds(
-    group: RescalingGroup, extents: Mapping[str, Extent]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Bounds ``(H,)`` on the free log2 scales within which no parameter leaves its dtype's range.
-
-    A tensor's headroom is shared equally among the scales that multiply it; activations keep half
-    of the dtype's exponent range.
-    """
-    up = np.full(group.basis.shape[0], np.inf)
-    down = np.full(group.basis.shape[0], np.inf)
-    for name, spec in group.parameters.items():
-        if not spec.terms:
-            continue
-        low, high = exponent_limits(extents[name].dtype)
-        found = extents[name].exponents
-        above = high // 2 if found is None else max(min(high - 1 - found[1], high // 2), 0)
-        below = high // 2 if found is None else max(min(found[0] - low, high // 2), 0)
-        share = sum(abs(c) for c, _ in spec.terms)
-        for coefficient, ids in spec.terms:
-            touched = np.unique(ids.numpy())
-            rise, fall = (above, below) if coefficient > 0 else (below, above)
-            up[touched] = np.minimum(up[touched], rise // share)
-            down[touched] = np.minimum(down[touched], fall // share)
-    # Through the basis: |s_h| is held to the tighter side where several scales add up.
-    h = group.num_scales
-    upper, lower = np.full(h, 60.0), np.full(h, -60.0)
-    basis = group.basis.tocoo()
-    weight = np.asarray(abs(group.basis).sum(axis=1)).ravel()
-    row, col, c = basis.row, basis.col, basis.data
-    both = np.minimum(up, down)
-    simple = (weight[row] == 1) & (c == 1)
-    high_side = np.where(simple, up[row], np.floor(both[row] / np.maximum(weight[row], 1)))
-    low_side = np.where(simple, down[row], np.floor(both[row] / np.maximum(weight[row], 1)))
-    np.minimum.at(upper, col, high_side)
-    np.maximum.at(lower, col, -low_side)
-    return lower, upper
+    return whole

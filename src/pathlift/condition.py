@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pathlift import sharded
-from pathlift.apply import Extent, extent, extent_bounds, rescale_
+from pathlift.apply import rescale_tensors_
 from pathlift.capture import (
     Program,
     capture,
@@ -24,6 +24,7 @@ from pathlift.capture import (
 )
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, VerificationError
+from pathlift.extents import Extent, extent_bounds, extents
 from pathlift.report import ConditioningReport
 from pathlift.solve import Operator, Solution, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
@@ -143,11 +144,12 @@ class Conditioner:
         chosen = as_criterion(criterion, reference)
         model, program, group = self.model, self._program, self.group
         self._check_same_parameters()
-        extents = _finite_extents(group, self._parameters, self._buffers)
+        tensors = {**self._buffers, **self._parameters}
+        known = _finite_extents(group, self._parameters, self._buffers)
         seconds = {"capture": 0.0, "symmetry": 0.0} | self._seconds
         self._seconds = {}
         with timed(seconds, "criterion"):
-            lower, upper = extent_bounds(group, extents)
+            lower, upper = extent_bounds(group, known)
             assembled, approximated = assemble_from(group, chosen, program, lower, upper)
         with timed(seconds, "solve"):
             solution, scales = choose_scales(assembled.operator, solver, tol, exact)
@@ -157,7 +159,7 @@ class Conditioner:
             if verify:
                 outputs = _outputs(model, program)
         with timed(seconds, "apply"):
-            rescale_(model, group, scales, optimizer, extents)
+            rescale_tensors_(tensors, group, scales, optimizer, known)
         with timed(seconds, "verify"):
             change = None
             if outputs is not None:
@@ -165,13 +167,13 @@ class Conditioner:
                     keeps_bits = exact and self.batch_norm == "pinned"
                     change = self._difference(outputs, _outputs(model, program), keeps_bits)
                 except BaseException:
-                    rescale_(model, group, -scales, optimizer)
+                    rescale_tensors_(tensors, group, -scales, optimizer)
                     raise
         return summarised(group, assembled, solution, scales, approximated, change, seconds)
 
     def _check_same_parameters(self) -> None:
         sharded.reshard(self.model)
-        parameters, _, _ = named_tensors(self.model)
+        parameters, self._buffers, _ = named_tensors(self.model)
         for name, parameter in self._parameters.items():
             if parameters.get(name) is not parameter:
                 raise ArgumentError(
@@ -268,7 +270,7 @@ def _finite_extents(
     group: RescalingGroup, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> dict[str, Extent]:
     """The magnitudes of all parameters, which must be finite, and of the buffers that scale."""
-    found = {n: extent(p) for n, p in parameters.items() if p.is_floating_point()}
+    found = extents({n: p for n, p in parameters.items() if p.is_floating_point()})
     for name, known in found.items():
         if not known.finite:
             raise ArgumentError(
@@ -276,7 +278,7 @@ def _finite_extents(
                 f"defined. Restore the weights or initialise them again."
             )
     moving = [n for n, spec in group.parameters.items() if spec.terms and n not in found]
-    return found | {n: extent(buffers[n]) for n in moving}
+    return found | extents({n: buffers[n] for n in moving})
 
 
 def _outputs(model: nn.Module, program: Program) -> list[list[Tensor]]:

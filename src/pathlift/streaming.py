@@ -22,15 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from pathlift.apply import (
-    Extent,
-    Factors,
-    extent,
-    extent_bounds,
-    in_range,
-    multiply_by_,
-    power_factors,
-)
+from pathlift.apply import in_range, multiply_by_, power_factors
 from pathlift.capture import capture, named_tensors, unwrap
 from pathlift.checkpoint import (
     SUFFIX,
@@ -44,6 +36,7 @@ from pathlift.checkpoint import (
 from pathlift.condition import check_arguments, choose_scales, summarised, timed
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, CaptureError, CheckpointError
+from pathlift.extents import Extent, extent, extent_bounds
 from pathlift.report import ConditioningReport
 from pathlift.solve.assemble import assemble_from
 from pathlift.symmetry.group import RescalingGroup, infer_group
@@ -349,15 +342,11 @@ def _changes(
 ) -> dict[str, list[Tensor]]:
     """First name -> factors, of every tensor that changes; checked before anything is written."""
     variables = group.variables(scales)
-    exact = bool((variables == np.round(variables)).all())
-    found: dict[str, list[Tensor]] = {}
-    for name, spec in group.parameters.items():
-        exponents: Factors = group.parameter_exponents(name, variables) if spec.terms else []
-        if exponents:
-            if exact and not extents[name].allows(exponents):
-                exponents = in_range(name, values(name), exponents)
-            found[name] = power_factors(extents[name].dtype, exponents)
-    return found
+    exponents = group.parameter_exponents(variables)
+    if bool((variables == np.round(variables)).all()):
+        exponents = in_range(values, exponents, extents)
+    made = power_factors([(extents[n].dtype, e) for n, e in exponents.items()])
+    return dict(zip(exponents, made, strict=True))
 
 
 def _write(

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from scipy import optimize
 from torch import Tensor, nn
 
-from pathlift.apply import extent, extent_bounds
 from pathlift.capture import Program, capture
 from pathlift.criteria import Coefficients
 from pathlift.errors import ArgumentError, PathliftError, unknown
+from pathlift.extents import extent_bounds, extents
 from pathlift.lifting.squared import diagonal
 from pathlift.solve import solve
 from pathlift.solve.assemble import assemble
@@ -347,8 +347,8 @@ def predict_log2_scales(
 def _solved(
     group: RescalingGroup, program: Program, values: Mapping[str, Tensor], tol: float
 ) -> Array:
-    extents = {n: extent(program.parameters[n]) for n, s in group.parameters.items() if s.terms}
-    lower, upper = extent_bounds(group, extents)
+    moving = {n: program.parameters[n] for n, s in group.parameters.items() if s.terms}
+    lower, upper = extent_bounds(group, extents(moving))
     trainable = {n: p.requires_grad for n, p in program.parameters.items()}
     return solve(
         assemble(group, Coefficients(dict(values)), trainable, lower, upper).problem, "newton", tol

@@ -143,12 +143,8 @@ class Run:
             self.units.append({n: torch.zeros_like(w) for n, w in self.weights().items()})
 
     def changes(self, scales: Tensor) -> list[tuple[str, Tensor, list[Tensor]]]:
-        variables = self.group.variables(scales)
-        found = [
-            (n, p, self.group.parameter_exponents(n, variables))
-            for n, p in self.model.named_parameters()
-        ]
-        return [c for c in found if c[2]]
+        exponents = self.group.parameter_exponents(self.group.variables(scales))
+        return [(n, p, exponents[n]) for n, p in self.model.named_parameters() if n in exponents]
 
     def rescale(self, scales: Tensor) -> None:
         changes = self.changes(scales)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -41,6 +42,10 @@ class ParameterScales:
 
     def components(self) -> list[tuple[tuple[int, ...], list[tuple[int, Tensor]]]]:
         """Terms grouped by the axes they vary along: ``[(axes, terms), ...]``, axes disjoint."""
+        return self._components
+
+    @cached_property
+    def _components(self) -> list[tuple[tuple[int, ...], list[tuple[int, Tensor]]]]:
         axes = [varying(ids) for _, ids in self.terms]
         found: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         for group in axis_components(axes):
@@ -84,17 +89,20 @@ class RescalingGroup:
             )
         return np.asarray(self.basis @ scales)
 
-    def parameter_exponents(self, name: str, variables: NDArray[np.float64]) -> list[Tensor]:
-        """Log2 factors of a parameter: small float64 tensors whose broadcast sum is ``E s``.
+    def parameter_exponents(self, variables: NDArray[np.float64]) -> dict[str, list[Tensor]]:
+        """Name -> log2 factors: small float64 tensors whose broadcast sum is ``E s``.
 
-        One per group of axes (rows, columns), zero ones left out.
+        One per group of axes (rows, columns); zero ones, and parameters without others, left out.
         """
         table = torch.from_numpy(variables)
-        found = []
-        for _, terms in self._spec(name).components():
-            total = sum(coefficient * table[ids] for coefficient, ids in terms)
-            if isinstance(total, Tensor) and bool(total.any()):
-                found.append(total)
+        found: dict[str, list[Tensor]] = {}
+        for name, spec in self.parameters.items():
+            for _, terms in spec.components():
+                total = _weighted(table, *terms[0])
+                for term in terms[1:]:
+                    total = total + _weighted(table, *term)
+                if total.count_nonzero():
+                    found.setdefault(name, []).append(total)
         return found
 
     def exponents(self, name: str) -> Tensor:
@@ -380,6 +388,11 @@ def _spanning_entries(ids: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     edges.data[:] = 1
     forest = minimum_spanning_tree(edges).tocoo()
     return [forest.row.astype(np.int64), forest.col.astype(np.int64) - size]
+
+
+def _weighted(table: Tensor, coefficient: int, ids: Tensor) -> Tensor:
+    found = table.take(ids)
+    return found if coefficient == 1 else coefficient * found
 
 
 def _restrict_to_effect(basis: sp.csr_array, specs: dict[str, ParameterScales]) -> sp.csr_array:

@@ -305,7 +305,7 @@ def _in_range(value: Tensor, exponents: Factors, power: int, label: str) -> Fact
     what is lost there is far below ``eps``.
     """
     # apply imports this module.
-    from pathlift.apply import exponent_limits, extent
+    from pathlift.extents import exponent_limits, extent
 
     found = extent(value).exponents
     if found is None or not exponents:
