@@ -97,11 +97,14 @@ def extent(tensor: Tensor) -> Extent:
     dtype, mask = tensor.dtype, _mask(tensor.dtype)
     flat = _in_storage_order(local_part(tensor.detach())).view(_INTEGERS[dtype.itemsize])
     low, high = mask, 0
-    for piece in flat.split(entries_at_a_time(flat.device)):
-        if piece.numel():
-            bits = piece.bitwise_and(mask)
-            high = max(high, int(bits.amax()))
-            low = min(low, int(bits.sub_(1).bitwise_and_(mask).amin()))
+    pieces = flat.split(entries_at_a_time(flat.device)) if flat.numel() else ()
+    buffer = torch.empty_like(pieces[0]) if pieces else flat
+    for piece in pieces:
+        bits = torch.bitwise_and(piece, mask, out=buffer[: len(piece)])
+        bottom, top = (int(end) for end in torch.aminmax(bits))
+        if not bottom:
+            bottom = int(bits.sub_(1).bitwise_and_(mask).amin()) + 1
+        low, high = min(low, bottom - 1), max(high, top)
     high, low = largest_around(tensor, (high, -low))
     return _of_bits(dtype, -low, high)
 
