@@ -43,6 +43,8 @@ _PATIENCE = 25
 _RIDGE = 1e-7
 # Entries this near to each other (in bits) count as nearly equal.
 _CLOSE_BITS = 12.0
+# From this certificate on Newton's own steps are short.
+_CLOSE_SLOPE = 1e-4
 _MODEL_STAGES = 24
 _MODEL_STEPS = 8
 _DENSE_CORE = 32
@@ -354,7 +356,8 @@ def _first_point(operator: Operator, at: Evaluation) -> Evaluation:
             break
         moved = float(np.abs(operator.forms @ (trial.point - at.point)).max(initial=0.0))
         at = trial
-        if moved < _CLOSE_BITS:
+        # Without matrices the model is the problem itself, so one time is enough.
+        if moved < _CLOSE_BITS or certificate(operator.problem, at) < _CLOSE_SLOPE:
             break
     return at
 
@@ -435,7 +438,7 @@ def _model_minimiser(operator: Operator, at: Evaluation) -> Array:
         for _ in range(_MODEL_STEPS):
             new, size = _model_step(model, d, power)
             d = new
-            if size * power < 1.0:
+            if size * power < (1.0 if power == 1.0 else 2.0):
                 break
         if power == 1.0:
             break
