@@ -8,9 +8,10 @@ apart (``RssAnon``). The row "nothing" is a process that imports the library and
 of three layers: what any run costs. ``--in-memory`` adds the same command without ``--stream``.
 
 ``lm`` is a decoder of blocks with attention and a gated ReLU MLP: five of the seven weights of a
-block have scales on rows and columns, so that their reduced matrices are as large as they are, in
-float64. They lie in a mapped temporary file: resident while they are used, and not anonymous, so
-that the system may drop their pages. In ``mlp`` this holds for every weight.
+block have scales on rows and columns. For the path kernel their coefficients stay products of thin
+factors; for other criteria they are reduced matrices as large as the weights, in float64, in a
+mapped temporary file: resident while they are used, and not anonymous, so that the system may drop
+their pages. In ``mlp`` this holds for every weight.
 """
 
 from __future__ import annotations
@@ -29,11 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathlift.capture import capture
 from pathlift.checkpoint import Shard, as_bytes, write_folder
-from pathlift.solve.assemble import sum_up
 from pathlift.streaming import parameters_on_meta
-from pathlift.symmetry.group import infer_group
 
 _LAYERS = int(os.environ.get("PATHLIFT_BENCHMARK_LAYERS", "18"))
 _WIDTH = int(os.environ.get("PATHLIFT_BENCHMARK_WIDTH", "2048"))
@@ -135,20 +133,6 @@ def make_checkpoint(name: str, folder: Path, limit: int) -> dict[str, int]:
     }
 
 
-def reduced_bytes(name: str) -> int:
-    """Bytes of the matrices the solver works on (float64)."""
-    model = structure(name)
-    dtype = torch.int64 if name == "lm" else torch.float32
-    shape = [int(n) for n in MODELS[name][1].partition(":")[0].split(",")]
-    program = capture(model, torch.zeros(shape, dtype=dtype), source=lambda n: torch.empty(0))
-    group = infer_group(program)
-    total = 0
-    for key, spec in group.parameters.items():
-        ones = torch.ones(()).expand(program.parameters[key].shape)
-        total += sum_up(spec, ones, False).matrix.nbytes
-    return total
-
-
 def measured(command: list[str]) -> dict[str, Any]:
     """Run a command; seconds, output and peaks of its memory in bytes."""
     start, anonymous, resident = time.perf_counter(), 0, 0
@@ -194,7 +178,6 @@ def main() -> None:
             args.model, folder / "weights", int(args.shard * 1e9)
         )
         make_checkpoint("tiny", folder / "tiny", 1000)
-        sizes["reduced_bytes"] = reduced_bytes(args.model)
 
         def condition(model: str, weights: str, *options: str) -> dict[str, Any]:
             command = [sys.executable, "-m", "pathlift.cli", "condition", f"{here}:{model}"]
@@ -208,17 +191,18 @@ def main() -> None:
             if args.in_memory:
                 rows[f"in memory, {criterion}"] = condition(args.model, "weights", *options)
     print(f"{args.model}: {_LAYERS} layers of width {_WIDTH}, {sizes['tensors']} tensors")
-    for key in ("checkpoint_bytes", "largest_tensor_bytes", "reduced_bytes"):
+    for key in ("checkpoint_bytes", "largest_tensor_bytes"):
         print(f"{key.removesuffix('_bytes').replace('_', ' '):<16} {sizes[key] / 1e6:10,.1f} MB")
-    print(f"\n{'':<28}{'resident MB':>12}{'anonymous MB':>14}{'seconds':>9}{'imbalance':>22}")
+    columns = f"{'resident MB':>12}{'anonymous MB':>14}{'reduced MB':>12}{'seconds':>9}"
+    print(f"\n{'':<28}{columns}{'imbalance':>22}")
     for name, row in rows.items():
         figures = f"{row['resident'] / 1e6:>12,.0f}{row['anonymous'] / 1e6:>14,.0f}"
-        figures += f"{row['seconds']:>9.1f}"
         out = row.pop("out")
         if row["exit_status"]:  # such as -9, where the system ran out of memory
-            print(f"{name:<28}{figures}{'ended with ' + str(row['exit_status']):>22}")
+            print(f"{name:<28}{figures}  ended with {row['exit_status']}")
             continue
         report = json.loads(out)
+        figures += f"{report['reduced_bytes'] / 1e6:>12,.0f}{row['seconds']:>9.1f}"
         row["report"] = {k: v for k, v in report.items() if k != "log2_scales"}
         before, after = report["imbalance_before"], report["imbalance_after"]
         print(f"{name:<28}{figures}{before:>13.4f} -> {after:.4f}")
