@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,12 @@ def operation(node: fx.Node) -> str:
 
 def in_place(node: fx.Node) -> bool:
     """Whether the call overwrites its first argument."""
-    schema = getattr(node.target, "_schema", None)
+    return _writes(node.target)
+
+
+@cache
+def _writes(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
     info = schema.arguments[0].alias_info if schema and schema.arguments else None
     return bool(info and info.is_write)
 

@@ -21,6 +21,7 @@ from pathlift.solve.matrix import Store, to_numpy
 from pathlift.solve.problem import MatrixBlock, Operator, Problem, as_is
 from pathlift.solve.ranges import value
 from pathlift.symmetry.group import ParameterScales, RescalingGroup
+from pathlift.symmetry.scales import distinct
 
 Array = NDArray[np.float64]
 # A group of axes and the terms of the exponent that vary along them.
@@ -353,11 +354,6 @@ def _carried(group: RescalingGroup) -> _Carried:
     tags = np.asarray([tag for _, *tag in found], dtype=np.int64).reshape(-1, 3)
     tags = np.repeat(np.repeat(tags, lengths, axis=0), repeats, axis=0)
     return _Carried(rows.indices, tags[:, 0], tags[:, 1], np.sign(tags[:, 2] * rows.data))
-
-
-def distinct(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The different numbers, in order; fresh scales are numbered in order already."""
-    return ids if bool((ids[1:] > ids[:-1]).all()) else np.unique(ids)
 
 
 def _sides(

@@ -16,6 +16,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
+from pathlift.symmetry.scales import distinct
+
 Int = NDArray[np.int64]
 Pairs = tuple[Int, Int, NDArray[np.bool_]]  # x = y, or x = -y where opposite
 Rows = tuple[Int, Int]  # coefficients and ids, (m, terms)
@@ -42,7 +44,7 @@ class Equations:
     def add(self, coefficients: Sequence[int], ids: Sequence[Int], origin: str = "") -> None:
         """Add one equation per entry of the (equally long, flat) id arrays."""
         if len(coefficients) == 1:
-            new = np.unique(ids[0][~self.is_zero(ids[0])])
+            new = distinct(ids[0][~self.is_zero(ids[0])])
             self._pinned()[new] = True
             self._pair(new, np.zeros_like(new), False, origin)
         elif len(coefficients) == 2 and abs(coefficients[0]) == abs(coefficients[1]):
@@ -87,16 +89,17 @@ class Equations:
             labels, count = joined[labels], int(joined.max()) + 1
             pairs, rows = _over_classes(rows, joined, sign)
         solution = eliminate(_as_dicts(rows))
-        free = [v for v in range(1, count) if v not in solution]
-        column = {v: i for i, v in enumerate(free)}
-        data, row_index, col_index = [1] * len(free), list(free), list(range(len(free)))
-        for variable, form in solution.items():
-            for v, c in form.items():
-                row_index.append(variable)
-                col_index.append(column[v])
-                data.append(c)
+        is_free = np.ones(count, dtype=bool)
+        is_free[[0, *solution]] = False
+        free = np.flatnonzero(is_free)
+        terms = [(u, v, c) for u, form in solution.items() for v, c in form.items()]
+        solved, source, data = np.array(terms, dtype=np.int64).reshape(-1, 3).T
+        column = np.cumsum(is_free) - 1
         classes = sp.csr_array(
-            (np.array(data, dtype=np.int64), (row_index, col_index)),
+            (
+                np.concatenate([np.ones(len(free), dtype=np.int64), data]),
+                (np.concatenate([free, solved]), np.concatenate([column[free], column[source]])),
+            ),
             shape=(count, len(free)),
         )
         found = sp.csr_array(classes[labels])

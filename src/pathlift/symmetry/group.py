@@ -18,7 +18,10 @@ from pathlift.errors import ArgumentError
 from pathlift.symmetry import rules
 from pathlift.symmetry.equations import Equations
 from pathlift.symmetry.inference import Inference, axis_components
-from pathlift.symmetry.scales import collapse, varying
+from pathlift.symmetry.scales import collapse, distinct, varying
+
+# From this many entries on it pays to look for those that span the others.
+_LARGE = 10_000
 
 assert rules  # importing the package registers every rule
 
@@ -376,11 +379,11 @@ def _spanning_entries(ids: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     With one term, each scale once. With two terms every entry is an edge between a scale of the
     one and a scale of the other, and the edges around a cycle add up to zero in turn: a spanning
     forest is enough (a grouped convolution has O + I such edges among O * I / groups). With more
-    terms, all entries.
+    terms, or few entries, all of them.
     """
     if len(ids) == 1:
-        return [np.unique(ids[0])]
-    if len(ids) > 2:
+        return [distinct(ids[0])]
+    if len(ids) > 2 or len(ids[0]) < _LARGE:
         return ids
     size = 1 + max(int(i.max()) for i in ids)
     ones = np.ones(len(ids[0]), dtype=np.int8)
@@ -407,6 +410,7 @@ def _restrict_to_effect(basis: sp.csr_array, specs: dict[str, ParameterScales]) 
     silent = Equations(size=count + 1)
     silent.add_matrix(rows)
     solution = silent.solve().tocsc()
-    useless = {int(v) - 1 for v in solution.indices[solution.indptr[:-1]]}
-    keep = np.array([v for v in range(count) if v not in useless], dtype=np.int64)
+    useful = np.ones(count, dtype=bool)
+    useful[solution.indices[solution.indptr[:-1]] - 1] = False
+    keep = np.flatnonzero(useful)
     return sp.csr_array(basis[:, keep]) if len(keep) else sp.csr_array((basis.shape[0], 0))

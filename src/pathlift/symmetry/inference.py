@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,11 @@ class Inference:
             }
         self.pinned_by: Counter[str] = Counter()
         self.node: fx.Node | None = None
+        self._place: str | None = None
         # Ids are kept alive so that views of them keep distinct addresses.
         self._keep: list[Tensor] = []
+        # Calls of the first of several graphs, with their arguments, which are kept alive too.
+        self._calls: dict[Any, tuple[Any, Any]] = {}
         for graph in program.graphs:
             self._walk(graph)
 
@@ -75,7 +79,7 @@ class Inference:
     def _walk(self, graph: Graph) -> None:
         env: dict[fx.Node, Any] = {}
         for node in graph.nodes:
-            self.node = node
+            self.node, self._place = node, None
             if node in graph.constants and graph.tensors.get(node.name) not in self.leaves:
                 env[node] = self._known(graph.constants[node])
             elif node.op == "placeholder":
@@ -105,18 +109,41 @@ class Inference:
             source = args[0]
             return source[args[1]] if isinstance(source, (list, tuple)) else None
         values = values_in((args, kwargs))
+        key = self._call_key(node, args, kwargs)
+        if key in self._calls:
+            return self._calls[key][0]
+        result = self._outputs(node, self._ruled(name, node, values, args, kwargs))
+        if key is not None:
+            self._calls[key] = result, values
+        return result
+
+    def _call_key(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What the result of a call depends on; None if the call is not worth remembering.
+
+        In another mode nearly all calls are those of the first, on the same scales: their
+        equations are there already. The place is part of it for the sake of messages.
+        """
+        if len(self.program.graphs) == 1:
+            return None
+        meta = node.meta.get("val")
+        outputs = meta if isinstance(meta, (list, tuple)) else [meta]
+        shapes = tuple(m.shape if isinstance(m, Tensor) else None for m in outputs)
+        with suppress(TypeError):  # an argument that can't be compared
+            key = (node.target, shapes, frozen(args), frozen(sorted(kwargs.items())), self._here())
+            hash(key)
+            return key
+        return None
+
+    def _ruled(self, name: str, node: fx.Node, values: list[Value], args: Any, kwargs: Any) -> Any:
         function = RULES.get(name)
-        result: Any
         if function is None:
             self.pin_all(name, values)
-            result = None
-        else:
-            try:
-                result = function(self, node, *args, **kwargs)
-            except _Refused:
-                self.pin_all(name, values)
-                result = None
-        return self._outputs(node, result)
+            return None
+        try:
+            return function(self, node, *args, **kwargs)
+        except _Refused:
+            self.pin_all(name, values)
+            return None
 
     def _outputs(self, node: fx.Node, result: Any) -> Any:
         meta = node.meta.get("val")
@@ -255,17 +282,18 @@ class Inference:
 
     def _here(self) -> str:
         """The operation at hand, for messages."""
-        if self.node is None or self.node.op == "output":
-            return "the model's output"
-        path = module_path(self.node)
-        return f"{operation(self.node)} at '{path}'" if path else operation(self.node)
+        if self._place is None:
+            self._place = place(self.node)
+        return self._place
 
     # ---------------------------------------------------- adding equations
 
     def equate(self, a: Form, b: Form) -> None:
         """All elements of the two forms (broadcast) have equal scales."""
-        shape = torch.broadcast_shapes(a.shape, b.shape)
-        self.zero(add_forms(a.expand(shape), b.expand(shape).scaled(-1)))
+        if a.shape != b.shape:
+            shape = torch.broadcast_shapes(a.shape, b.shape)
+            a, b = a.expand(shape), b.expand(shape)
+        self.zero(add_forms(a, b.scaled(-1)))
 
     def zero(self, form: Form) -> None:
         """All elements have scale 0.
@@ -294,7 +322,7 @@ class Inference:
         """Equal scales along ``dims``; returns the form with size 1 there."""
         first = form.first(dims)
         if form.terms:
-            self.equate(form, first)
+            self.equate(form, first.expand(form.shape))
         return first
 
     def pin(self, value: Value | None, why: str | None = None) -> None:
@@ -391,6 +419,29 @@ def axis_components(axes: Sequence[frozenset[int]]) -> list[list[int]]:
             groups.remove(g)
         groups.append(merged)
     return [sorted(members) for _, members in groups]
+
+
+def place(node: fx.Node | None) -> str:
+    """An operation and its module, for messages."""
+    if node is None or node.op == "output":
+        return "the model's output"
+    path = module_path(node)
+    return f"{operation(node)} at '{path}'" if path else operation(node)
+
+
+def frozen(nested: Any) -> Any:
+    """Arguments of a call as something to look up by.
+
+    Raises:
+        TypeError: a value is too large to be kept alive for this.
+    """
+    if isinstance(nested, Value):
+        if nested.key is None:
+            raise TypeError
+        return nested.key
+    if isinstance(nested, (list, tuple)):
+        return tuple(frozen(x) for x in nested)
+    return type(nested), nested
 
 
 def values_in(nested: Any) -> list[Value]:

@@ -9,17 +9,28 @@ permuting an activation is reshaping, slicing or permuting its ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+# Values of more ids than this are not kept alive to be compared with later ones.
+_LARGE = 1 << 20
 
 
 def varying(ids: Tensor) -> frozenset[int]:
     """The dimensions along which ``ids`` may vary (size above 1 and not expanded)."""
     sizes = zip(ids.shape, ids.stride(), strict=True)
     return frozenset(d for d, (n, s) in enumerate(sizes) if n > 1 and s)
+
+
+def distinct(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The different numbers, in order; fresh scales are numbered in order already."""
+    return ids if bool((ids[1:] > ids[:-1]).all()) else np.unique(ids)
 
 
 def collapse(ids: Tensor) -> Tensor:
@@ -112,11 +123,11 @@ class Form:
 
 def add_forms(*forms: Form) -> Form:
     """The sum of forms of one shape; equal views are merged."""
-    merged: dict[tuple[object, ...], tuple[int, Tensor]] = {}
+    merged: dict[Hashable, tuple[int, Tensor]] = {}
     for form in forms:
         for coefficient, ids in form.terms:
             small = collapse(ids)
-            key = (small.data_ptr(), tuple(small.shape), tuple(small.stride()))
+            key = _address(small)
             old = merged.get(key, (0, ids))[0]
             merged[key] = (old + coefficient, ids)
     terms = tuple((c, ids) for c, ids in merged.values() if c)
@@ -154,3 +165,19 @@ class Value:
     leaf: Leaf | None = None
     constant: Tensor | None = None
     zero: bool = False
+
+    @cached_property
+    def key(self) -> Hashable | None:
+        """Equal for values of equal scales, as long as both are alive; None for large ids."""
+        if self.form is None:
+            return self.leaf.name if self.leaf is not None else None
+        terms = [(c, collapse(ids)) for c, ids in self.form.terms]
+        if any(ids.numel() > _LARGE for _, ids in terms):
+            return None
+        known = () if self.constant is None else (_address(self.constant), self.constant.dtype)
+        scales = tuple((c, *_address(ids)) for c, ids in terms)
+        return self.shape, scales, self.form.why, known, self.zero
+
+
+def _address(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()

@@ -27,14 +27,12 @@ def _affine(
         inf.pin(bias, "bias of a normalization without weight")
         form = Form(shape)
     else:
-        out = inf.fresh(tuple(weight.shape))
-        inf.bind(weight, Form(weight.shape, ((1, out),)))
-        if bias is not None:
-            inf.bind(bias, Form(bias.shape, ((1, out),)))
+        scale = inf.elementwise_form(weight)
+        inf.bind(bias, scale)
         view = [1] * len(shape)
         for axis, n in zip(axes, weight.shape, strict=True):
             view[axis] = n
-        form = Form(shape, ((1, out.reshape(view).expand(shape)),))
+        form = scale.map(lambda ids: ids.reshape(view).expand(shape), shape)
     return [form] if isinstance(meta, (list, tuple)) else form
 
 
