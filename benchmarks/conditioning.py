@@ -13,7 +13,7 @@ JSON file holds every sample. All figures of a row come from one process, one af
   every parameter by one number in place.
 - passes: evaluations of the solver over the reduced matrices.
 - extra MB: peak resident memory during ``condition_`` above what was resident before; reduced MB:
-  the reduced matrices in float64; largest MB: the largest tensor.
+  the reduced matrices; largest MB: the largest tensor.
 """
 
 from __future__ import annotations

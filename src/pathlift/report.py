@@ -29,7 +29,7 @@ class ConditioningReport:
         seconds: capture, symmetry, criterion, solve, apply, verify.
         passes: how often the solver read the reduced matrices (a product with each and one with
             its transpose count as one pass).
-        reduced_bytes: their size.
+        reduced_bytes: their size (of a product of thin factors, that of the factors).
         converged: whether the certificate is at most the tolerance asked for. If not, the scales
             are those of the best point found: no worse than none, and not the optimum.
     """
