@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import pathlift
 from conditioning import torchvision_model
-from pathlift.lifting.dense import list_paths, logdet_divergence
+from pathlift.lifting.paths import list_paths, logdet_divergence
 from pathlift.theory import INITIALIZATIONS, expected_log2_scales, predict_log2_scales
 
 Array = NDArray[np.float64]

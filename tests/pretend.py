@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from pathlift.capture import Graph, Program
+from pathlift.capture.program import Graph, Program
 
 DEVICE = torch.device("lazy")
 aten = torch.ops.aten
@@ -129,12 +129,17 @@ def moved_program(program: Program) -> Program:
         return Pretend(value) if isinstance(value, Tensor) else value
 
     def graph(one: Graph) -> Graph:
-        for node in one.nodes:
-            node.kwargs = {
-                k: DEVICE if isinstance(v, torch.device) else v for k, v in node.kwargs.items()
-            }
-        constants = {n: tree_map(there, v) for n, v in one.constants.items()}
-        return dataclasses.replace(one, constants=constants)
+        calls = tuple(
+            dataclasses.replace(
+                c,
+                arguments={
+                    k: DEVICE if isinstance(v, torch.device) else v for k, v in c.arguments.items()
+                },
+            )
+            for c in one.calls
+        )
+        constants = {s: there(v) for s, v in one.constants.items()}
+        return dataclasses.replace(one, calls=calls, constants=constants)
 
     inputs = dataclasses.replace(
         program.inputs,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pathlift.apply import rescale_
-from pathlift.capture import capture
+from pathlift.capture.model import capture
 from pathlift.condition import _finite_extents, choose_scales
 from pathlift.criteria import CRITERIA
 from pathlift.extents import extent_bounds
-from pathlift.lifting.squared import lifted_pass
+from pathlift.lifting.lifted import lifted_pass
 from pathlift.solve.assemble import assemble_from
 from pathlift.solve.matrix import Dense
 from pathlift.solve.problem import Operator

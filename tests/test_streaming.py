@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pathlift
-from pathlift.capture import capture
+from pathlift.capture.model import capture
 from pathlift.checkpoint import Shard, as_bytes, open_checkpoint, write_file, write_folder
 from pathlift.cli import main
 from pathlift.criteria import CRITERIA
@@ -390,7 +390,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import pathlift
-from pathlift.capture import capture
+from pathlift.capture.model import capture
 from pathlift.criteria import path_kernel
 from pathlift.streaming import parameters_on_meta
 

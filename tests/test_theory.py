@@ -12,8 +12,8 @@ from scipy import optimize
 from torch import nn
 
 import pathlift
-from pathlift.capture import capture
-from pathlift.lifting.squared import diagonal
+from pathlift.capture.model import capture
+from pathlift.lifting.lifted import diagonal
 from pathlift.theory import (
     INITIALIZATIONS,
     expected_diagonal,

@@ -14,7 +14,7 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import pathlift
-from pathlift.capture import tensors_in
+from pathlift.capture.inputs import tensors_in
 
 
 @dataclass

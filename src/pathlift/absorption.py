@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from pathlift.capture import Graph, capture, check_model, named_tensors, operation
+from pathlift.capture.model import capture
+from pathlift.capture.names import check_model, named_tensors
+from pathlift.capture.program import Call, Graph, Symbol
 from pathlift.errors import ArgumentError
+from pathlift.operations.normalization import epsilon, is_batch_norm
 from pathlift.symmetry.group import RescalingGroup
-from pathlift.symmetry.inference import BATCH_NORMS
 
 # Name of a bias -> mean and standard deviation of the pre-activation it is part of, per channel.
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -30,13 +32,14 @@ _LINEAR = _CONVOLUTIONS | {"linear"}
 _TRANSPARENT = frozenset(
     ("dropout", "feature_dropout", "alpha_dropout", "clone", "detach", "alias")
 )
+_OPERANDS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
 class _Layer:
     """A linear layer or convolution whose weight and bias are parameters used nowhere else."""
 
-    node: fx.Node
+    call: Call
     weight: str
     bias: str | None
 
@@ -75,21 +78,21 @@ def fold_batch_norms_(model: nn.Module, example_inputs: object) -> Statistics:
     added: list[tuple[nn.Module, nn.Parameter]] = []
     replaced: list[str] = []
     found: Statistics = {}
-    for node in graph.nodes:
-        layer = layers.get(node.args[0]) if _is_batch_norm(node) else None  # type: ignore[arg-type]
-        if layer is None or len(layer.node.users) > 1:
+    for call in graph.calls:
+        layer = layers.get(call["input"]) if is_batch_norm(call) else None
+        if layer is None or len(graph.uses[call["input"]]) > 1 or call["input"] in graph.leaving:
             continue
-        place = _owner(model, graph, node)
+        place = _owner(model, graph, call)
         host = model.get_submodule(layer.weight.rpartition(".")[0])
         if place is None or (layer.bias is None and host._parameters.get("bias", 0) is not None):
             continue
         weight = parameters[layer.weight]
-        gamma, beta, mean, var = (_operand(graph, node.args[k], tensors) for k in range(1, 5))
+        gamma, beta, mean, var = (_operand(graph, call[k], tensors) for k in _OPERANDS)
         assert mean is not None and var is not None
         gamma = torch.ones_like(mean) if gamma is None else gamma
         beta = torch.zeros_like(mean) if beta is None else beta
         bias = parameters[layer.bias].detach() if layer.bias else torch.zeros_like(mean)
-        factor = gamma / (var + _epsilon(node)).sqrt()
+        factor = gamma / (var + epsilon(call)).sqrt()
         folded = beta + (bias - mean) * factor
         shaped = factor.reshape(-1, *(1,) * (weight.dim() - 1))
         changes.append((weight, weight.detach() * shaped))
@@ -203,59 +206,45 @@ def _through(weight: Tensor, constant: Tensor) -> Tensor:
     return torch.einsum("goi,gi->go", parts, constant.reshape(groups, inputs)).reshape(-1)
 
 
-def _layers(graph: Graph) -> dict[fx.Node, _Layer]:
+def _layers(graph: Graph) -> dict[Symbol, _Layer]:
+    """Output -> the layer that makes it."""
     found = {}
-    for node in graph.nodes:
-        if node.op != "call_function" or operation(node) not in _LINEAR:
+    for call in graph.calls:
+        if call.name not in _LINEAR or call.arguments.get("transposed"):
             continue
-        weight, bias = [*node.args, None, None][1:3]
-        if operation(node) == "convolution" and len(node.args) > 6 and node.args[6]:
-            continue  # transposed
-        name = graph.tensors.get(weight.name) if isinstance(weight, fx.Node) else None
-        other = graph.tensors.get(bias.name) if isinstance(bias, fx.Node) else None
+        weight, bias = call["weight"], call["bias"]
+        name, other = graph.tensors.get(weight), graph.tensors.get(bias)
         names = [n for n in (name, other) if n is not None]
         if name is None or (bias is not None and other is None):
             continue
         if _times_read(graph, names) == len(names):
-            found[node] = _Layer(node, name, other)
+            found[call.output] = _Layer(call, name, other)
     return found
 
 
 def _times_read(graph: Graph, names: Sequence[str]) -> int:
-    leaves = [
-        n for n in graph.nodes if n.op == "placeholder" and graph.tensors.get(n.name) in names
-    ]
-    return sum(len(n.users) for n in leaves)
-
-
-def _is_batch_norm(node: fx.Node) -> bool:
-    return node.op == "call_function" and operation(node) in BATCH_NORMS
-
-
-def _epsilon(node: fx.Node) -> float:
-    """``eps`` among the arguments of any of the batch norms."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return float(given.get("eps", given.get("epsilon", 1e-5)))  # type: ignore[arg-type]
+    return sum(len(graph.uses.get(s, ())) for s, name in graph.tensors.items() if name in names)
 
 
 def _readers(graph: Graph, layer: _Layer, padding: str) -> list[_Layer] | None:
     """The layers that read ``relu`` of this one's output, or None if anything else does."""
     layers = _layers(graph)
     found: list[_Layer] = []
-    waiting, rectified = [(layer.node, False)], False
+    waiting = [(layer.call.output, False)]
     while waiting:
-        node, rectified = waiting.pop()
-        for user in node.users:
-            kind = operation(user) if user.op == "call_function" else user.op
-            if kind in _TRANSPARENT:
-                waiting.append((user, rectified))
-            elif kind == "relu":
-                waiting.append((user, True))
-            elif rectified and user in layers and layers[user].bias and user.args[0] is node:
+        symbol, rectified = waiting.pop()
+        if symbol in graph.leaving:
+            return None
+        for user in graph.uses.get(symbol, ()):
+            reader = layers.get(user.output)
+            if user.name in _TRANSPARENT:
+                waiting.append((user.output, rectified))
+            elif user.name == "relu":
+                waiting.append((user.output, True))
+            elif rectified and reader and reader.bias and user["input"] is symbol:
                 if padding == "refuse" and _is_padded(user):
                     return None
-                found.append(layers[user])
+                found.append(reader)
             else:
                 return None
     return found or None
@@ -263,13 +252,13 @@ def _readers(graph: Graph, layer: _Layer, padding: str) -> list[_Layer] | None:
 
 def _operand(graph: Graph, value: object, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """The parameter or buffer that a batch norm reads; None where it has none."""
-    return tensors[graph.tensors[value.name]].detach() if isinstance(value, fx.Node) else None
+    return tensors[graph.tensors[value]].detach() if isinstance(value, Symbol) else None
 
 
-def _owner(model: nn.Module, graph: Graph, node: fx.Node) -> str | None:
+def _owner(model: nn.Module, graph: Graph, call: Call) -> str | None:
     """Path of the module whose only work is this batch norm, or None if there is none."""
-    values = [v for v in node.args[1:5] if isinstance(v, fx.Node)]
-    names = [graph.tensors.get(v.name, "") for v in values]
+    values = [call[k] for k in _OPERANDS if isinstance(call[k], Symbol)]
+    names = [graph.tensors.get(v, "") for v in values]
     paths = {name.rpartition(".")[0] for name in names}
     if len(names) < 2 or len(paths) != 1 or _times_read(graph, names) > len(names):
         return None
@@ -282,10 +271,8 @@ def _owner(model: nn.Module, graph: Graph, node: fx.Node) -> str | None:
     return path
 
 
-def _is_padded(node: fx.Node) -> bool:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    padding = given.get("padding", 0)
+def _is_padded(call: Call) -> bool:
+    padding = call.arguments.get("padding", 0)
     if isinstance(padding, str):
         return padding != "valid"
     sizes = padding if isinstance(padding, (list, tuple)) else [padding]

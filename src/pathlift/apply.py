@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pathlift.capture import check_model, named_tensors
+from pathlift.capture.names import check_model, named_tensors
 from pathlift.errors import ArgumentError, RangeError
 from pathlift.extents import Extent, Joined, extents
 from pathlift.pieces import entries_at_a_time

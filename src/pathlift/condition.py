@@ -14,14 +14,11 @@ from torch import Tensor, nn
 
 from pathlift import sharded
 from pathlift.apply import rescale_tensors_
-from pathlift.capture import (
-    Program,
-    capture,
-    check_model,
-    named_tensors,
-    preserved,
-    tensors_in,
-)
+from pathlift.capture.inputs import tensors_in
+from pathlift.capture.model import capture
+from pathlift.capture.names import preserved
+from pathlift.capture.names import check_model, named_tensors
+from pathlift.capture.program import Program
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, VerificationError
 from pathlift.extents import Extent, extent_bounds, extents

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pathlift.apply import in_range, multiply_by_, power_factors
-from pathlift.capture import capture, named_tensors, unwrap
+from pathlift.capture.model import capture
+from pathlift.capture.names import named_tensors, unwrap
 from pathlift.checkpoint import (
     SUFFIX,
     Checkpoint,

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from scipy import optimize
 from torch import Tensor, nn
 
-from pathlift.capture import Program, capture
+from pathlift.capture.model import capture
+from pathlift.capture.program import Program
 from pathlift.criteria import Coefficients
 from pathlift.errors import ArgumentError, PathliftError, unknown
 from pathlift.extents import extent_bounds, extents
-from pathlift.lifting.squared import diagonal
+from pathlift.lifting.lifted import diagonal
 from pathlift.solve import solve
 from pathlift.solve.assemble import assemble
 from pathlift.symmetry.group import RescalingGroup, infer_group

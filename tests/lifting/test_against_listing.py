@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pathlift
-from pathlift.capture import capture
+from pathlift.capture.model import capture
 from pathlift.criteria import path_kernel
 from reference.listing import Listing
 

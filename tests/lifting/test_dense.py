@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import pathlift
-from pathlift.lifting import dense
-from pathlift.lifting.dense import (
+from pathlift.lifting import paths as dense
+from pathlift.lifting.paths import (
     list_paths,
     logdet_divergence,
     path_gram,

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pathlift.capture import capture
+from pathlift.capture.model import capture
 from pathlift.criteria import Coefficients
 from pathlift.lifting import parameters
 from pathlift.lifting.product import Product, dense
-from pathlift.lifting.squared import lifted_pass, stream_diagonal
+from pathlift.lifting.lifted import lifted_pass, stream_diagonal
 from pathlift.solve import round_scales
 from pathlift.solve.assemble import assemble_sums, sum_up
 from pathlift.symmetry.group import infer_group

@@ -8,14 +8,14 @@ the captured graph.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from pathlift.capture import capture, operation, shape_of
+from pathlift.capture.model import capture
+from pathlift.capture.program import Call, Symbol, replaced
 
 IDENTITY = {
     "relu",
@@ -27,6 +27,8 @@ IDENTITY = {
     "clone",
     "contiguous",
     "alias",
+    "detach",
+    "_to_copy",
 }
 FIXED = {
     "max_pool2d",
@@ -42,6 +44,7 @@ FIXED = {
 }
 INDEX = {
     "view",
+    "_unsafe_view",
     "reshape",
     "flatten",
     "permute",
@@ -68,24 +71,36 @@ class Listing:
         graph = program.graph(program.training)
         self.names: list[tuple[str, torch.Size]] = []
         self.theta: list[float] = []
-        env: dict[fx.Node, Any] = {}
-        for node in graph.nodes:
-            if node in graph.constants:
-                env[node] = graph.constants[node]
-            elif node.op == "placeholder":
-                name = graph.tensors.get(node.name)
-                shape = tuple(shape_of(node))
-                if name is None:
-                    env[node] = _fill(shape, lambda k: [(1.0, ())])
+        env: dict[Symbol, Any] = {}
+
+        def value(symbol: Symbol) -> Any:
+            if symbol in env:
+                return env[symbol]
+            if symbol in graph.constants:
+                return graph.constants[symbol]
+            name, shape = graph.tensors.get(symbol), tuple(symbol.shape)
+            if name in program.buffers:
+                return program.buffers[name]
+            if name is None:
+                found = _fill(shape, lambda k: [(1.0, ())])
+            else:
+                start = len(self.theta)
+                self.names.append((name, torch.Size(shape)))
+                self.theta += program.parameters[name].detach().double().flatten().tolist()
+                found = _fill(shape, lambda k, s=start: [(1.0, (s + k,))])
+            return env.setdefault(symbol, found)
+
+        for call in graph.calls:
+            arguments = replaced(call.arguments, value)
+            args, kwargs = [], {}
+            for argument in call.target._schema.arguments:
+                if argument.kwarg_only:
+                    kwargs[argument.name] = arguments[argument.name]
                 else:
-                    start = len(self.theta)
-                    self.names.append((name, torch.Size(shape)))
-                    self.theta += program.parameters[name].detach().double().flatten().tolist()
-                    env[node] = _fill(shape, lambda k, s=start: [(1.0, (s + k,))])
-            elif node.op == "call_function":
-                args = fx.node.map_arg(node.args, lambda n: env[n])
-                env[node] = _run(node, *args, **dict(node.kwargs))
-        self.paths = [p for n in graph.outputs() for cell in env[n].flat for p in cell]
+                    args.append(arguments[argument.name])
+            made = _run(call, *args, **kwargs)
+            env.update(zip(call.outputs, made if isinstance(made, list) else [made], strict=False))
+        self.paths = [p for s in graph.outputs for cell in value(s).flat for p in cell]
 
     def weights(self) -> np.ndarray:
         """Phi: (paths,), absolute values."""
@@ -150,10 +165,8 @@ def _matrix(function: Any, shape: tuple[int, ...]) -> Tensor:
     return torch.stack([function(e.reshape(shape)).reshape(-1) for e in eye], 1)
 
 
-def _run(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
-    name, shape = operation(node), tuple(shape_of(node))
-    if node.target is operator.getitem:
-        return args[0][args[1]]
+def _run(node: Call, *args: Any, **kwargs: Any) -> Any:
+    name, shape = node.name, tuple(node.shape)
     x = args[0]
     if name in IDENTITY:
         return x
@@ -174,7 +187,7 @@ def _run(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
         sign = -1.0 if name == "sub" else 1.0
         return _fill(shape, lambda k: pairs[k][0] + _scaled(pairs[k][1], sign))
     if name == "cat":
-        return np.concatenate(x, *args[1:])
+        return np.concatenate(x, args[1])
     if name == "pad":
         ids = torch.nn.functional.pad(torch.arange(1, x.size + 1).reshape(x.shape), args[1])
         flat = [[], *x.flat]
@@ -186,14 +199,14 @@ def _run(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
 
 
 def _bilinear(
-    node: fx.Node, shape: tuple[int, ...], x: Any, w: Any, b: Any = None, *rest: Any, **kwargs: Any
+    node: Call, shape: tuple[int, ...], x: Any, w: Any, b: Any = None, *rest: Any, **kwargs: Any
 ) -> np.ndarray:
     out = _fill(shape, lambda k: [])
     zero = torch.zeros(w.shape, dtype=torch.float64)
     for k in range(w.size):
         unit = zero.clone()
         unit.view(-1)[k] = 1
-        if operation(node) == "linear":
+        if node.name == "linear":
             matrix = _matrix(lambda e, u=unit: node.target(e, u), x.shape)
         else:
             matrix = _matrix(lambda e, u=unit: node.target(e, u, None, *rest, **kwargs), x.shape)
@@ -202,7 +215,7 @@ def _bilinear(
                 list(x.flat)[i], list(w.flat)[k], float(matrix[o, i])
             )
     if b is not None:
-        axis = len(shape) - 1 if operation(node) == "linear" else 1
+        axis = len(shape) - 1 if node.name == "linear" else 1
         view = [1] * len(shape)
         view[axis] = -1
         bias = np.broadcast_to(b.reshape(view), shape)

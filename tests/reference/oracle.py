@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from pathlift.capture import named_tensors, tensors_in
+from pathlift.capture.inputs import tensors_in
+from pathlift.capture.names import named_tensors
 
 _RELATIVE_TOLERANCE = 1e-9
 _SAMPLES = 24

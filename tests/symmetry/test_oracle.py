@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import pathlift
-from pathlift.capture import tensors_in
+from pathlift.capture.inputs import tensors_in
 from reference.oracle import diagonal_symmetries
 from symmetry import networks
 from symmetry.architectures import CASES

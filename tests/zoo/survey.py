@@ -224,7 +224,7 @@ def _transformers(name: str) -> Attempts:
 
 def _run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
     """Outputs and updated buffers from one fixed seed; buffers are put back."""
-    from pathlift.capture import as_inputs, tensors_in
+    from pathlift.capture.inputs import as_inputs, tensors_in
 
     given = as_inputs(inputs)
     buffers = [(b, b.clone()) for b in model.buffers()]
@@ -250,7 +250,7 @@ def _same(before: list[Tensor], after: list[Tensor]) -> bool:
 
 def survey(name: str) -> dict[str, Any]:
     """One row of the table."""
-    from pathlift.capture import capture
+    from pathlift.capture.model import capture
     from pathlift.errors import PathliftError
     from pathlift.symmetry.group import infer_group
 

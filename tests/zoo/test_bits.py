@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import pathlift
-from pathlift.capture import tensors_in
+from pathlift.capture.inputs import tensors_in
 from zoo.libraries import randomise_
 
 models = pytest.importorskip("torchvision.models")

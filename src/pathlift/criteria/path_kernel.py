@@ -7,10 +7,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from pathlift.capture import Program
+from pathlift.capture.program import Program
 from pathlift.criteria.protocol import Criterion, Sink
+from pathlift.lifting.lifted import stream_diagonal
 from pathlift.lifting.product import Product
-from pathlift.lifting.squared import stream_diagonal
+from pathlift.lifting.samples import batch_statistics
 
 
 def _hand_on(program: Program, sink: Sink) -> dict[str, int]:
@@ -20,6 +21,7 @@ def _hand_on(program: Program, sink: Sink) -> dict[str, int]:
     narrow = all(
         p.dtype != torch.float64 for p in program.parameters.values() if p.is_floating_point()
     )
+    statistics = batch_statistics(program, program.training)
     if narrow:
 
         def checked(name: str, g: Tensor | Product) -> None:
@@ -30,10 +32,12 @@ def _hand_on(program: Program, sink: Sink) -> dict[str, int]:
         # What was handed on before the range was left comes again.
         with suppress(_LeavesRange):
             _, approximated = stream_diagonal(
-                program, program.training, checked, strict=False, dtype=torch.float32
+                program, program.training, checked, False, torch.float32, statistics
             )
             return approximated
-    _, approximated = stream_diagonal(program, program.training, sink, strict=False)
+    _, approximated = stream_diagonal(
+        program, program.training, sink, strict=False, statistics=statistics
+    )
     return approximated
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pathlift.capture import Program
+from pathlift.capture.program import Program
 from pathlift.errors import ArgumentError
 from pathlift.lifting.product import Product, dense
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pathlift.capture import Program
+from pathlift.capture.program import Program
 from pathlift.criteria.protocol import Criterion, Sink
 from pathlift.errors import ArgumentError
 

@@ -9,9 +9,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from pathlift.capture import capture
+from pathlift.capture.model import capture
 from pathlift.errors import ArgumentError, PathliftError
-from pathlift.lifting.squared import LiftedPass, diagonal, lifted_pass
+from pathlift.lifting.lifted import LiftedPass, diagonal, lifted_pass
 
 
 class PathNorm:

@@ -20,7 +20,9 @@ from scipy.sparse import linalg as sparse_linalg
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pathlift.capture import as_inputs, check_model, named_tensors, preserved, tensors_in
+from pathlift.capture.inputs import as_inputs, tensors_in
+from pathlift.capture.names import preserved
+from pathlift.capture.names import check_model, named_tensors
 from pathlift.errors import ArgumentError
 
 Parameters = dict[str, Tensor]

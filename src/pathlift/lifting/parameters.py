@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pathlift.capture import Program
+from pathlift.capture.program import Program
 from pathlift.lifting.product import Product
 from pathlift.pieces import entries_at_a_time
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathlift.capture import Program
+from pathlift.capture.program import Program
 from pathlift.criteria.protocol import Coefficients, Criterion
 from pathlift.lifting.product import Product, dense
 from pathlift.pieces import entries_at_a_time

@@ -13,18 +13,15 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor, nn
 
-from pathlift.capture import Program, capture
+from pathlift.capture.model import capture
+from pathlift.capture.program import Program
 from pathlift.errors import ArgumentError
-from pathlift.symmetry import rules
 from pathlift.symmetry.equations import Equations
-from pathlift.symmetry.inference import Inference, axis_components
-from pathlift.symmetry.scales import collapse, distinct, varying
+from pathlift.symmetry.inference import Inference
+from pathlift.symmetry.scales import axis_components, collapse, distinct, varying
 
 # From this many entries on it pays to look for those that span the others.
 _LARGE = 10_000
-
-assert rules  # importing the package registers every rule
-
 
 @dataclass(frozen=True)
 class ParameterScales:

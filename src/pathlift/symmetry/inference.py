@@ -1,29 +1,39 @@
-"""Abstract interpretation of a :class:`~pathlift.capture.Program` over scales.
+"""Abstract interpretation of a :class:`~pathlift.capture.program.Program` over scales.
 
-One transfer rule per operation (package ``rules``) reads the forms of its inputs, adds equations
-and returns the forms of its outputs. An operation without a rule pins its inputs: no symmetry is
-used there, and the group's report lists it.
+The scales reading of each operation (:mod:`pathlift.operations`) takes the forms of its arguments,
+adds equations and returns the forms of its results. An operation that the table does not describe
+pins everything it touches: no symmetry is used there, and the group's report lists it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from pathlift.capture import Graph, Program, in_place, module_path, operation, shape_of
+from pathlift import operations
+from pathlift.capture.program import Call, Graph, Program, Symbol, symbols_in
+from pathlift.capture.walk import walk
+from pathlift.operations.table import TABLE, Undescribed, described
 from pathlift.symmetry.equations import Equations
-from pathlift.symmetry.scales import Form, Leaf, Value, add_forms, collapse, thin, varying
+from pathlift.symmetry.scales import (
+    Form,
+    Leaf,
+    Value,
+    add_forms,
+    axis_components,
+    collapse,
+    thin,
+    values_in,
+    varying,
+)
 
-Result = Value | Form | Sequence["Value | Form | None"] | None
-Rule = Callable[..., Result]
-
-RULES: dict[str, Rule] = {}
+assert operations  # importing the package fills the table
 
 # Beyond this many equations of one operation the operation is pinned instead.
 _MAX_EQUATIONS = 20_000_000
@@ -33,23 +43,8 @@ _MAX_SINGLE = 300_000
 _LARGE = 10_000
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a transfer rule for ATen operations by name, without overload (``"relu"``).
-
-    The rule is called with the :class:`Inference`, the node, and the operation's arguments, each
-    tensor replaced by its :class:`Value`. In-place variants (``relu_``) share the rule.
-    """
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = function
-        return function
-
-    return register
-
-
 class Inference:
-    """Walks the graphs of a program and collects equations; rules call its methods."""
+    """Walks the graphs of a program and collects equations; readings call its methods."""
 
     def __init__(self, program: Program, free_batch_norms: bool = False) -> None:
         self.program = program
@@ -65,59 +60,51 @@ class Inference:
                 n: Leaf(n, program.buffers[n].shape) for n in running_statistics(program)
             }
         self.pinned_by: Counter[str] = Counter()
-        self.node: fx.Node | None = None
+        self._call: Call | None = None
         self._place: str | None = None
         # Ids are kept alive so that views of them keep distinct addresses.
         self._keep: list[Tensor] = []
         # Calls of the first of several graphs, with their arguments, which are kept alive too.
         self._calls: dict[Any, tuple[Any, Any]] = {}
         for graph in program.graphs:
-            self._walk(graph)
+            values = walk(graph, self)
+            self._call, self._place = None, None
+            for symbol, why in graph.leaving.items():
+                self._leave(graph, symbol, values[symbol], why)
 
     # ---------------------------------------------------------------- walking
 
-    def _walk(self, graph: Graph) -> None:
-        env: dict[fx.Node, Any] = {}
-        for node in graph.nodes:
-            self.node, self._place = node, None
-            if node in graph.constants and graph.tensors.get(node.name) not in self.leaves:
-                env[node] = self._known(graph.constants[node])
-            elif node.op == "placeholder":
-                env[node] = self._placeholder(graph, node)
-            elif node.op == "output":
-                for out in graph.outputs():
-                    self._pin_nested(env.get(out), "the model's output")
-            else:
-                env[node] = self._call(node, env)
-                if in_place(node) and isinstance(node.args[0], fx.Node):
-                    env[node.args[0]] = env[node]
-
-    def _placeholder(self, graph: Graph, node: fx.Node) -> Value | None:
-        name = graph.tensors.get(node.name)
+    def source(self, graph: Graph, symbol: Symbol) -> Value:
+        """A parameter, buffer, input or constant."""
+        name = graph.tensors.get(symbol)
         if name in self.leaves:
             leaf = self.leaves[name]
             return Value(leaf.shape, None, leaf)
-        if not isinstance(node.meta.get("val"), Tensor):
-            return None
-        return self.fixed(shape_of(node), "the model's input")
+        if symbol in graph.constants:
+            return self.constant(graph.constants[symbol])
+        return self.fixed(symbol.shape, "the model's input" if name is None else "a buffer")
 
-    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        args: Any = fx.node.map_arg(node.args, lambda n: env.get(n))
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: env.get(n))
-        name = operation(node)
-        if name == "getitem":
-            source = args[0]
-            return source[args[1]] if isinstance(source, (list, tuple)) else None
-        values = values_in((args, kwargs))
-        key = self._call_key(node, args, kwargs)
+    def free(self, symbol: Symbol) -> None:
+        """Nothing to let go: forms are small."""
+
+    def call(self, call: Call, arguments: dict[str, Any]) -> list[Any]:
+        """The values of a call's results."""
+        self._call, self._place = call, None
+        key = self._call_key(call, arguments)
         if key in self._calls:
             return self._calls[key][0]
-        result = self._outputs(node, self._ruled(name, node, values, args, kwargs))
+        values = values_in(arguments)
+        result = self._read(call, arguments, values)
         if key is not None:
             self._calls[key] = result, values
         return result
 
-    def _call_key(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _leave(self, graph: Graph, symbol: Symbol, value: Value, why: str) -> None:
+        name = graph.tensors.get(symbol)
+        if name not in self.leaves or name in self.program.parameters:
+            self.pin(value, why)
+
+    def _call_key(self, call: Call, arguments: dict[str, Any]) -> Any:
         """What the result of a call depends on; None if the call is not worth remembering.
 
         In another mode nearly all calls are those of the first, on the same scales: their
@@ -125,46 +112,56 @@ class Inference:
         """
         if len(self.program.graphs) == 1:
             return None
-        meta = node.meta.get("val")
-        outputs = meta if isinstance(meta, (list, tuple)) else [meta]
-        shapes = tuple(m.shape if isinstance(m, Tensor) else None for m in outputs)
+        shapes = tuple(s.shape for s in symbols_in(call.outputs))
         with suppress(TypeError):  # an argument that can't be compared
-            key = (node.target, shapes, frozen(args), frozen(sorted(kwargs.items())), self._here())
+            key = (call.target, shapes, frozen(sorted(arguments.items())), self._here())
             hash(key)
             return key
         return None
 
-    def _ruled(self, name: str, node: fx.Node, values: list[Value], args: Any, kwargs: Any) -> Any:
-        function = RULES.get(name)
-        if function is None:
-            self.pin_all(name, values)
-            return None
+    def _read(self, call: Call, arguments: dict[str, Any], values: list[Value]) -> list[Any]:
+        entry = TABLE.get(call.name)
         try:
-            return function(self, node, *args, **kwargs)
-        except _Refused:
-            self.pin_all(name, values)
-            return None
-
-    def _outputs(self, node: fx.Node, result: Any) -> Any:
-        meta = node.meta.get("val")
-        if isinstance(meta, (list, tuple)):
-            given = list(result) if isinstance(result, (list, tuple)) else [None] * len(meta)
-            given += [None] * (len(meta) - len(given))
+            if entry is None:
+                raise Undescribed
+            self._check_dtype(call, entry.changes_dtype)
+            result = entry.scales(self, call, **described(entry.scales, call, arguments))
+            return self._outputs(call, result)
+        except Undescribed:
+            self.pin_all(call.name, values)
             return [
-                self._output(r, m.shape if isinstance(m, Tensor) else torch.Size())
-                for r, m in zip(given, meta, strict=True)
+                [self.fixed(s.shape, self._here()) for s in o] if isinstance(o, list) else
+                None if o is None else self.fixed(o.shape, self._here())
+                for o in call.outputs
             ]
-        return self._output(result, shape_of(node))
+
+    @staticmethod
+    def _check_dtype(call: Call, changes: bool) -> None:
+        """Numbers with a scale become integers or booleans only where the entry says so."""
+        outputs = list(symbols_in(call.outputs))
+        if changes or not outputs or _has_scale(outputs[0]):
+            return
+        if any(_has_scale(s) for s in symbols_in(call.arguments)):
+            raise Undescribed
+
+    def _outputs(self, call: Call, result: Any) -> list[Any]:
+        given = list(result) if isinstance(result, (list, tuple)) else [result]
+        if len(given) != len(call.outputs):
+            raise Undescribed  # an output that the entry says nothing of
+        return [
+            None if symbol is None else self._output(value, symbol.shape)
+            for value, symbol in zip(given, call.outputs, strict=True)
+        ]
 
     def _output(self, result: Any, shape: torch.Size) -> Value:
         if isinstance(result, Value):
             return result
-        if isinstance(result, Form):
-            if result.pinned and result.why is None:
-                return self.fixed(shape, self._here())
-            result = self._without_zeros(result)
-            return Value(shape, result if result.shape == shape else result.expand(shape))
-        return self.fixed(shape, self._here())
+        if not isinstance(result, Form):
+            raise Undescribed
+        if result.pinned and result.why is None:
+            return self.fixed(shape, self._here())
+        result = self._without_zeros(result)
+        return Value(shape, result if result.shape == shape else result.expand(shape))
 
     def _without_zeros(self, form: Form) -> Form:
         """Drop what is known to be zero from terms that are large enough for it to matter.
@@ -187,11 +184,6 @@ class Inference:
 
     # ------------------------------------------------------- making values
 
-    def _known(self, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [self._known(v) for v in value]
-        return self.constant(value) if isinstance(value, Tensor) else value
-
     def constant(self, tensor: Tensor) -> Value:
         """A tensor that is known and never rescaled."""
         tensor = tensor.detach()
@@ -207,7 +199,7 @@ class Inference:
         """New variables, one per element of ``shape``."""
         size = int(np.prod(shape, dtype=np.int64))
         if size > _MAX_EQUATIONS:
-            raise _Refused
+            raise Undescribed
         ids = self.equations.fresh(size)
         tensor = torch.arange(ids.start, ids.stop).reshape(tuple(shape))
         self._keep.append(tensor)
@@ -283,7 +275,7 @@ class Inference:
     def _here(self) -> str:
         """The operation at hand, for messages."""
         if self._place is None:
-            self._place = place(self.node)
+            self._place = self._call.place if self._call is not None else "the model's output"
         return self._place
 
     # ---------------------------------------------------- adding equations
@@ -367,66 +359,28 @@ class Inference:
         if grids[0].numel() > _LARGE:
             grids = thin(grids)
         if grids[0].numel() > _MAX_EQUATIONS:
-            raise _Refused
+            raise Undescribed
         flat = [g.reshape(-1).numpy() for g in grids]
         self.equations.add([c for c, _ in terms], flat, self._here())
-
-    def _pin_nested(self, value: Any, why: str) -> None:
-        for v in values_in(value):
-            self.pin(v, why)
-
-
-# Batch norms that read running statistics, as arguments 3 and 4.
-BATCH_NORMS = frozenset(
-    ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm")
-    + ("_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional")
-    + ("_batch_norm_with_update", "_batch_norm_no_update", "_batch_norm_with_update_functional")
-)
-
 
 def running_statistics(program: Program) -> list[str]:
     """Buffers that only batch norms read, as running mean or variance."""
     found: dict[str, bool] = {}
     for graph in program.graphs:
-        for node in graph.nodes:
-            name = graph.tensors.get(node.name, "")
-            if node.op == "placeholder" and name in program.buffers and node.users:
-                fits = all(
-                    operation(user) in BATCH_NORMS and node in user.args[3:5] for user in node.users
-                )
-                found[name] = found.get(name, True) and fits
+        for symbol, name in graph.tensors.items():
+            if name not in program.buffers or symbol not in graph.uses:
+                continue
+            fits = symbol not in graph.leaving and all(
+                operations.normalization.is_batch_norm(call)
+                and symbol in (call["running_mean"], call["running_var"])
+                for call in graph.uses[symbol]
+            )
+            found[name] = found.get(name, True) and fits
     return [name for name, fits in found.items() if fits]
 
 
-class _Refused(Exception):
-    """A rule does not cover this call; the operation is pinned."""
-
-
-def refuse() -> None:
-    """Called by a rule that does not cover a call: its inputs are pinned."""
-    raise _Refused
-
-
-def axis_components(axes: Sequence[frozenset[int]]) -> list[list[int]]:
-    """Group terms that share a dimension, directly or through others."""
-    groups: list[tuple[set[int], list[int]]] = []
-    for k, own in enumerate(axes):
-        touching = [g for g in groups if g[0] & own]
-        merged: tuple[set[int], list[int]] = (set(own), [k])
-        for g in touching:
-            merged[0].update(g[0])
-            merged[1].extend(g[1])
-            groups.remove(g)
-        groups.append(merged)
-    return [sorted(members) for _, members in groups]
-
-
-def place(node: fx.Node | None) -> str:
-    """An operation and its module, for messages."""
-    if node is None or node.op == "output":
-        return "the model's output"
-    path = module_path(node)
-    return f"{operation(node)} at '{path}'" if path else operation(node)
+def _has_scale(symbol: Symbol) -> bool:
+    return symbol.dtype.is_floating_point or symbol.dtype.is_complex
 
 
 def frozen(nested: Any) -> Any:
@@ -442,14 +396,3 @@ def frozen(nested: Any) -> Any:
     if isinstance(nested, (list, tuple)):
         return tuple(frozen(x) for x in nested)
     return type(nested), nested
-
-
-def values_in(nested: Any) -> list[Value]:
-    """All values inside nested lists, tuples and dicts."""
-    if isinstance(nested, Value):
-        return [nested]
-    if isinstance(nested, dict):
-        return [v for x in nested.values() for v in values_in(x)]
-    if isinstance(nested, (list, tuple)):
-        return [v for x in nested for v in values_in(x)]
-    return []

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -181,3 +182,28 @@ class Value:
 
 def _address(tensor: Tensor) -> tuple[Hashable, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def axis_components(axes: Sequence[frozenset[int]]) -> list[list[int]]:
+    """Group terms that share a dimension, directly or through others."""
+    groups: list[tuple[set[int], list[int]]] = []
+    for k, own in enumerate(axes):
+        touching = [g for g in groups if g[0] & own]
+        merged: tuple[set[int], list[int]] = (set(own), [k])
+        for g in touching:
+            merged[0].update(g[0])
+            merged[1].extend(g[1])
+            groups.remove(g)
+        groups.append(merged)
+    return [sorted(members) for _, members in groups]
+
+
+def values_in(nested: Any) -> list[Value]:
+    """All values inside nested lists, tuples and dicts."""
+    if isinstance(nested, Value):
+        return [nested]
+    if isinstance(nested, dict):
+        return [v for x in nested.values() for v in values_in(x)]
+    if isinstance(nested, (list, tuple)):
+        return [v for x in nested for v in values_in(x)]
+    return []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from pathlift.capture import preserved
+from pathlift.capture.names import preserved
 from pathlift.errors import ArgumentError, MissingDependencyError
 
 

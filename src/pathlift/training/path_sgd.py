@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from pathlift.capture import capture, check_model
+from pathlift.capture.model import capture
+from pathlift.capture.names import check_model
 from pathlift.errors import ArgumentError
-from pathlift.lifting.squared import diagonal
+from pathlift.lifting.lifted import diagonal
 
 
 class PathSGD(optim.Optimizer):

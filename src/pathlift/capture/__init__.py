@@ -1,0 +1,1 @@
+"""Model and example inputs -> :class:`~pathlift.capture.program.Program`."""

@@ -1,0 +1,309 @@
+"""Model and example inputs -> :class:`Program`: checks, names, modes, warm-up, and no trace left.
+
+Per mode the model runs once for real, so that what it builds on its first call is real and what it
+changes is known. Then it is put back as it was and recorded on fake tensors; if the first call has
+changed more than buffers, it is recorded once more from there, and both records count.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from torch.utils import _pytree as pytree
+
+from pathlift import operations
+from pathlift.capture.inputs import as_inputs, describe, doubled, tensors_in
+from pathlift.capture.names import check_model, named_tensors
+from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
+from pathlift.capture.record import Fakes, Recorder, ValueNeeded, graph_of, module_paths, users_line
+from pathlift.homes.snapshot import Snapshot
+from pathlift.errors import CaptureError
+
+# Modules are changed while they are recorded, and torch's modes are global.
+LOCK = threading.RLock()
+
+
+def capture(model: nn.Module, example_inputs: object, source: Source | None = None) -> Program:
+    """Record the operations of ``model`` on ``example_inputs``, in both modes.
+
+    Args:
+        model: any module; left as found (attributes, buffers, modes, random state).
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        source: where the values of parameters come from, if not from the model. Its parameters
+            may then be on the meta device; no memory is taken for them.
+
+    Raises:
+        ArgumentError: ``model`` or ``example_inputs`` has the wrong type.
+        CaptureError: the model can't be recorded; the message says where and why.
+    """
+    model = check_model(model, meta=source is not None)
+    inputs = as_inputs(example_inputs)
+    parameters, buffers, aliases = named_tensors(model)
+    with LOCK, Snapshot(model) as before, _quiet():
+        graphs = _Session(model, inputs, before, parameters, buffers, source is None).graphs()
+    return Program(tuple(graphs), parameters, buffers, aliases, inputs, source)
+
+
+class _Session:
+    """One capture: the model, and what must hold while it runs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        before: Snapshot,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        real: bool,
+    ) -> None:
+        self.model, self.inputs, self.before, self.real = model, inputs, before, real
+        self.own = model.training
+        self.named = {id(t): n for n, t in [*buffers.items(), *parameters.items()]}
+        self.floating = {n: p for n, p in parameters.items() if p.is_floating_point()}
+        # Tensors of the inputs that no container shows: their values are not known.
+        self.state = {id(t) for t in tensors_in((inputs.args, inputs.kwargs))}
+        self.buffers = buffers
+
+    def graphs(self) -> list[Graph]:
+        """One graph per mode and per call that differs from the first."""
+        modes = [self.own, not self.own]
+        later: dict[bool, Snapshot] = {}
+        batches = {mode: self.inputs for mode in modes}
+        if self.real:
+            for mode in modes:
+                batches[mode] = self._warm_up(mode, later)
+        found = []
+        with _fake_for_meta(self.model) as fake:
+            for mode in modes:
+                found += self._recorded(mode, batches[mode], later.get(mode), fake)
+        return found
+
+    def _warm_up(self, mode: bool, later: dict[bool, Snapshot]) -> Inputs:
+        """Run for real; note what the call changes, and put the model back."""
+        try:
+            inputs = self._run(mode)
+            self.state |= self.before.written()
+            if any(not c.in_place and c.attribute != "training" for c in self.before.changed()):
+                later[mode] = Snapshot(self.model)
+        finally:
+            self.before.restore()
+        return inputs
+
+    def _run(self, mode: bool) -> Inputs:
+        tries = [self.inputs]
+        if mode != self.own and (more := doubled(self.inputs)) is not None:
+            tries.append(more)  # a batch norm in train mode refuses a batch of one
+        for k, inputs in enumerate(tries):
+            self.set_mode(mode)
+            try:
+                with torch.no_grad():
+                    copies = pytree.tree_map_only(Tensor, _copy, (inputs.args, inputs.kwargs))
+                    self.model(*copies[0], **copies[1])
+                return inputs
+            except Exception as error:
+                if k + 1 == len(tries):
+                    raise self._refusal(mode, "it does not run on them", error) from error
+                self.before.restore()
+        raise AssertionError
+
+    def set_mode(self, mode: bool) -> None:
+        """The model's own mode is taken as found (a batch norm frozen in eval mode stays so)."""
+        if mode != self.own:
+            self.model.train(mode)
+
+    def _recorded(
+        self, mode: bool, inputs: Inputs, later: Snapshot | None, fake: Fakes
+    ) -> list[Graph]:
+        found = [self._record(mode, inputs, self.before, fake)]
+        if later is not None:
+            later.restore()
+            try:
+                found.append(self._record(mode, inputs, later, fake))
+            finally:
+                self.before.restore()
+        return found
+
+    def _check_settled(self, start: Snapshot) -> None:
+        """After a second call: what still changes must be tensors, which are pinned."""
+        changing = [c for c in start.changed() if c.plain and c.attribute != "training"]
+        if changing:
+            where = changing[0].path or type(self.model).__name__
+            raise CaptureError(
+                f"{type(self.model).__name__} can't be captured: every call changes "
+                f"'{changing[0].attribute}' of '{where}' ({changing[0].what}), so that what one "
+                f"call does need not be what the next one does. Supported: modules whose calls "
+                f"change tensors only. Keep what counts calls outside forward."
+            )
+
+    def _record(
+        self, mode: bool, inputs: Inputs, start: Snapshot, fake: Fakes
+    ) -> Graph:
+        for _ in range(4):  # each round knows more of what a call changes
+            self.set_mode(mode)
+            try:
+                recorder, graph = self._recording(mode, inputs, fake)
+                unknown = (start.replaced() | recorder.changed()) - self.state
+                if start is not self.before:
+                    self._check_settled(start)
+            finally:
+                start.restore()
+            if not unknown & recorder.read_as_constants():
+                return graph
+            self.state |= unknown
+        raise CaptureError(
+            f"{type(self.model).__name__} can't be captured: every call leaves other tensors "
+            f"behind than the one before. Keep what lives between calls in buffers."
+        )
+
+    def _recording(
+        self, mode: bool, inputs: Inputs, fake: Fakes
+    ) -> tuple[Recorder, Graph]:
+        model = self.model
+        recorder = Recorder(
+            fake,
+            operations.known,
+            {id(t): n for n, t in self._tensors().items()},
+            frozenset(id(p) for n, p in self._tensors().items() if n in self.floating),
+            frozenset(self.state),
+        )
+        symbols: list[Symbol] = []
+
+        def faked(tensor: Tensor) -> Tensor:
+            made, symbol = recorder.input(tensor)
+            symbols.append(symbol)
+            return made
+
+        args, kwargs = pytree.tree_map_only(Tensor, faked, (inputs.args, inputs.kwargs))
+        try:
+            with _below_autograd(), module_paths(recorder, model), fake, recorder:
+                out = model(*args, **kwargs)
+        except Exception as error:
+            raise self._explained(mode, error) from error
+        del args, kwargs
+        with _below_autograd(), fake:
+            outputs, leaving = recorder.results(
+                tensors_in(out), tensors_in([vars(m) for m in model.modules()])
+            )
+        return recorder, graph_of(recorder, mode, symbols, floating(outputs), leaving)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """By name, as the model holds them now (stand-ins for what is on the meta device)."""
+        parameters, _, _ = named_tensors(self.model)
+        return {**self.buffers, **parameters}
+
+    def _explained(self, mode: bool, error: BaseException) -> CaptureError:
+        if isinstance(error, ValueNeeded):
+            why = "it asks for the value of a tensor that depends on its inputs or parameters"
+        elif isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+            why = "the size of a tensor, or a branch, depends on values"
+        elif isinstance(error, CaptureError):
+            why = str(error).rstrip(".")
+        else:
+            return self._refusal(mode, "recording it failed", error)
+        line = users_line(error)
+        where = f" ({line})" if line else ""
+        return CaptureError(
+            f"{type(self.model).__name__} can't be captured in {_name(mode)} mode on inputs "
+            f"{describe(self.inputs)}: {why}{where}. The operations must be the same for every "
+            f"input: use torch.where or masks instead of branches on values, or condition the "
+            f"part of the model before or after it."
+        )
+
+    def _refusal(self, mode: bool, what: str, error: BaseException) -> CaptureError:
+        lines = str(error).strip().splitlines() or [""]
+        line = users_line(error)
+        where = f" ({line})" if line else ""
+        other = "" if mode == self.own else " (both modes must run, the model is used in both)"
+        return CaptureError(
+            f"{type(self.model).__name__} can't be captured in {_name(mode)} mode on inputs "
+            f"{describe(self.inputs)}: {what}{other}: {type(error).__name__}: "
+            f"{lines[0].rstrip('.')}{where}. Check that model(*example_inputs) runs."
+        )
+
+
+def _name(mode: bool) -> str:
+    return "train" if mode else "eval"
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if tensor.layout == torch.strided else tensor
+
+
+@contextmanager
+def _below_autograd() -> Iterator[None]:
+    """Operations arrive whole, and nothing is kept for a backward pass."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    level = _functorch_level()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+        stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            while _functorch_level() > level:  # vmap levels that an error has left open
+                torch._C._functorch._vmap_decrement_nesting()
+
+
+def _functorch_level() -> int:
+    stack = torch._C._functorch.get_interpreter_stack()
+    return len(stack) if stack else 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warning and no log of torch's reaches the user while a model is recorded."""
+    logger = logging.getLogger("torch")
+    disabled = logger.disabled
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.disabled = True
+        try:
+            yield
+        finally:
+            logger.disabled = disabled
+
+
+@contextmanager
+def _fake_for_meta(model: nn.Module) -> Iterator[Fakes]:
+    """The mode of the run; fake CPU tensors stand for parameters on the meta device.
+
+    Meta tensors would not mix with the inputs and buffers, and what forward makes on their device
+    would have no values.
+    """
+    mode = Fakes()
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    fakes: dict[int, nn.Parameter] = {}
+    for _, _, parameter in places:
+        if id(parameter) not in fakes:
+            with mode:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                fakes[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = fakes[id(parameter)]
+        yield mode
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+

@@ -1,0 +1,102 @@
+"""What batch norms divide by before the first step: the statistics of the example batch.
+
+Running statistics start at 0 and 1, and in train mode a norm divides by the batch's own deviation.
+A criterion that took the 1 for what the norm divides by would see gains that are not there (METHOD
+section 1). The program is run on the example inputs; the model and its statistics stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pathlift.capture.program import Call, Graph, Program, Symbol, call
+from pathlift.capture.walk import walk
+from pathlift.operations.normalization import is_batch_norm
+
+# A call of a batch norm -> mean and variance of each channel.
+Statistics = dict[Call, tuple[Tensor, Tensor]]
+
+
+def batch_statistics(program: Program, training: bool) -> Statistics:
+    """Statistics of the example batch for every batch norm that has seen no batch yet.
+
+    Returns:
+        call -> ``(mean, variance)``, each ``(channels,)`` in float64. A channel that does not vary
+        on the example batch keeps its running statistics. Empty if no norm is untouched.
+    """
+    graph = program.graph(training)
+    untouched = [k for k, c in enumerate(graph.calls) if _untouched(program, graph, c)]
+    if not untouched:
+        return {}
+    start = dataclasses.replace(
+        graph, calls=graph.calls[: untouched[-1] + 1], outputs=(), leaving={}
+    )
+    found: Statistics = {}
+    wanted = {graph.calls[k] for k in untouched}
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        walk(start, _Values(program, wanted, found))
+    return found
+
+
+def _untouched(program: Program, graph: Graph, one: Call) -> bool:
+    if not is_batch_norm(one):
+        return False
+    names = [graph.tensors.get(one[k]) for k in ("running_mean", "running_var")]
+    if any(n is None or n not in program.buffers for n in names):
+        return False
+    mean, variance = (program.buffers[str(n)] for n in names)
+    counter = program.buffers.get(f"{str(names[0]).rpartition('.')[0]}.num_batches_tracked")
+    if counter is not None and bool(counter):
+        return False
+    return not bool(mean.any()) and bool((variance == 1).all())
+
+
+class _Values:
+    """The reading of a graph as what it computes."""
+
+    def __init__(self, program: Program, wanted: set[Call], found: Statistics) -> None:
+        self.program, self.wanted, self.found = program, wanted, found
+        inputs = program.inputs
+        leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+        self.inputs = [t for t in leaves if isinstance(t, Tensor)]
+
+    def source(self, graph: Graph, symbol: Symbol) -> Any:
+        """A parameter, buffer, input or constant."""
+        name = graph.tensors.get(symbol, "")
+        if name in self.program.parameters:
+            return self.program.value(name)
+        if symbol in graph.constants:
+            return graph.constants[symbol]
+        if name in self.program.buffers:
+            return self.program.buffers[name]
+        if symbol in graph.inputs:
+            return self.inputs[graph.inputs.index(symbol)].detach()
+        return torch.zeros(symbol.shape, dtype=symbol.dtype)  # state, before the first call
+
+    def free(self, symbol: Symbol) -> None:
+        """Values are let go by the walk."""
+
+    def call(self, one: Call, arguments: dict[str, Any]) -> list[Any]:
+        """The results of a call; statistics of a batch norm's input are noted."""
+        averages = ("running_mean", "running_var")
+        arguments = {
+            k: v.clone() if k in averages and v is not None else v for k, v in arguments.items()
+        }
+        if one in self.wanted:
+            self.found[one] = _of_batch(arguments)
+        result = call(one.target, arguments)
+        return list(result) if one.several else [result]
+
+
+def _of_batch(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    x = arguments["input"].to(torch.float64)
+    dims = [d for d in range(x.dim()) if d != 1]
+    variance, mean = torch.var_mean(x, dims, correction=0)
+    varies = variance > 1e-12 * mean.square()
+    old_mean, old_variance = (arguments[k] for k in ("running_mean", "running_var"))
+    return torch.where(varies, mean, old_mean), torch.where(varies, variance, old_variance)
