@@ -1,0 +1,1 @@
+"""Where parameters live, and how a module is put back as it was."""
