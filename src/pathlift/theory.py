@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from pathlift.capture import Program, capture
 from pathlift.criteria import Coefficients
 from pathlift.errors import ArgumentError, PathliftError, unknown
-from pathlift.extents import extent_bounds, extents
 from pathlift.lifting.squared import diagonal
 from pathlift.solve import solve
 from pathlift.solve.assemble import assemble
+from pathlift.solve.bounds import extent_bounds
 from pathlift.symmetry.group import RescalingGroup, infer_group
+from pathlift.tensors.extents import extents
 
 Array = NDArray[np.float64]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pathlift.capture import Program
 from pathlift.criteria.protocol import Criterion, Sink
-from pathlift.lifting.product import Product
 from pathlift.lifting.squared import stream_diagonal
+from pathlift.tensors.product import Product
 
 
 def _hand_on(program: Program, sink: Sink) -> dict[str, int]:
