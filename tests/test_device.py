@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pathlift.apply import rescale_
 from pathlift.capture.model import capture
-from pathlift.condition import _finite_extents, choose_scales
+from pathlift.capture.program import Program
+from pathlift.condition import choose_scales
 from pathlift.criteria import CRITERIA
-from pathlift.extents import extent_bounds
 from pathlift.lifting.lifted import lifted_pass
 from pathlift.solve.assemble import assemble_from
+from pathlift.solve.bounds import extent_bounds
 from pathlift.solve.matrix import Dense
 from pathlift.solve.problem import Operator
-from pathlift.symmetry.group import infer_group
+from pathlift.symmetry.group import RescalingGroup, infer_group
+from pathlift.tensors.extents import Extent, extents
 from pretend import Accelerator, Pretend, moved_model, moved_program
 
 
@@ -66,26 +67,32 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return Attention(), torch.randint(11, (2, 5))
 
 
+def extents_of(group: RescalingGroup, program: Program) -> dict[str, Extent]:
+    tensors = {**program.buffers, **program.parameters}
+    return extents({n: tensors[n] for n in group.parameters})
+
+
 @pytest.mark.parametrize("dead", [False, True])
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 @pytest.mark.parametrize("name", ["mlp", "convolutional", "attention"])
 def test_scales_are_those_of_the_host(
     name: str, criterion: str, dead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pathlift.pieces.HOST", 7)  # matrices stay on the device
+    monkeypatch.setattr("pathlift.tensors.pieces.HOST", 7)  # matrices stay on the device
     model, x = network(name)
     if dead:
         with torch.no_grad():
             for p in model.parameters():
                 p[0] = 0
     program, group = capture(model, x), infer_group(capture(model, x))
-    lower, upper = extent_bounds(group, _finite_extents(group, program.parameters, program.buffers))
+    lower, upper = extent_bounds(group, extents_of(group, program))
     chosen = CRITERIA[criterion]
     expected, _ = assemble_from(group, chosen, program, lower, upper)
     there = moved_program(program)
     with Accelerator() as accelerator:
-        extents = _finite_extents(group, there.parameters, there.buffers)
-        for one, other in zip((lower, upper), extent_bounds(group, extents), strict=True):
+        for one, other in zip(
+            (lower, upper), extent_bounds(group, extents_of(group, there)), strict=True
+        ):
             np.testing.assert_array_equal(one, other)
         found, _ = assemble_from(group, chosen, there, lower, upper)
         solution, scales = choose_scales(found.operator, "newton", 1e-8, True)
@@ -103,17 +110,17 @@ def test_parameters_are_rescaled_where_they_are(name: str) -> None:
     group = infer_group(capture(model, x))
     scales = torch.randint(-3, 4, (group.num_scales,))
     other = moved_model(copy.deepcopy(model))
-    rescale_(model, group, scales)
+    group.rescale_(model, scales)
     with Accelerator():
-        rescale_(other, group, scales)
+        group.rescale_(other, scales)
     for (key, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert isinstance(q.data, Pretend) and torch.equal(p, q.data.host), key
 
 
 def test_a_product_is_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many matrices are there: that is what the next step waits for."""
-    monkeypatch.setattr("pathlift.pieces.HOST", 7)
-    monkeypatch.setattr("pathlift.lifting.product.Product.thin", False)
+    monkeypatch.setattr("pathlift.tensors.pieces.HOST", 7)
+    monkeypatch.setattr("pathlift.tensors.product.Product.thin", False)
     model, x = network("mlp")
     program, group = capture(model, x), infer_group(capture(model, x))
     lower, upper = np.full(group.num_scales, -9.0), np.full(group.num_scales, 9.0)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pathlift.extents import Extent, Joined, exponent_limits, extent, extents
+from pathlift.tensors.extents import Extent, Joined, exponent_limits, extent, extents
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2]
 
@@ -51,8 +51,8 @@ def test_extents(seeds: list[int], dtype: torch.dtype, sizes: list[int], small: 
     tensors["other"] = drawn(seeds[0], torch.float32, 6).view(2, 3).t()
     expected = {n: by_definition(t) for n, t in tensors.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pathlift.extents._SMALL", small)
-        patch.setattr("pathlift.pieces.HOST", 7)
+        patch.setattr("pathlift.tensors.extents._SMALL", small)
+        patch.setattr("pathlift.tensors.pieces.HOST", 7)
         assert extents(tensors) == expected
     assert {n: extent(t) for n, t in tensors.items()} == expected
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import pathlift
-import pathlift.apply
+from pathlift.homes.module import ModuleHome
+from pathlift.tensors import rescale
 
 X = torch.randn(2, 4)
 
@@ -318,8 +319,9 @@ def test_what_cannot_be_captured(model: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("fail_at", [0, 1, 3])
+@pytest.mark.parametrize("together", [True, False])
 def test_a_failure_in_the_middle_of_applying(
-    monkeypatch: pytest.MonkeyPatch, exact: bool, fail_at: int
+    monkeypatch: pytest.MonkeyPatch, exact: bool, fail_at: int, together: bool
 ) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -327,19 +329,31 @@ def test_a_failure_in_the_middle_of_applying(
     optimizer.step()
     before = copy.deepcopy(model.state_dict())
     state = copy.deepcopy(optimizer.state_dict()["state"])
-    real, calls = pathlift.apply.multiply_by_, []
+    calls: list[Tensor] = []
 
-    def failing(tensor: Tensor, factors: Any) -> None:
+    def call(tensor: Tensor) -> None:
         calls.append(tensor)
         if len(calls) == fail_at + 1:
             raise MemoryError("injected")
+
+    def one(tensor: Tensor, factors: Any, real: Any = rescale.multiply_by_) -> None:
+        call(tensor)
         real(tensor, factors)
 
-    monkeypatch.setattr(pathlift.apply, "multiply_by_", failing)
+    def several(tensors: list[Tensor], factors: list[Tensor]) -> None:
+        for tensor, factor in zip(tensors, factors, strict=True):
+            call(tensor)
+            tensor.mul_(factor)
+
+    if together:
+        monkeypatch.setattr(torch, "_foreach_mul_", several)
+    else:
+        monkeypatch.setattr(rescale, "_SMALL", 0)
+        monkeypatch.setattr(rescale, "multiply_by_", one)
     group = pathlift.rescaling_group(model, X)
     scales = torch.arange(1, 9) if exact else torch.arange(1, 9) * 0.3
     with pytest.raises(MemoryError, match="injected"):
-        pathlift.apply.rescale_(model, group, scales, optimizer)
+        ModuleHome(model).multiply_(group.factors(scales), optimizer=optimizer)
     unchanged(model, before)
     for key, values in optimizer.state_dict()["state"].items():
         assert torch.equal(values["momentum_buffer"], state[key]["momentum_buffer"])

@@ -24,8 +24,8 @@ from pathlift.checkpoint import Shard, as_bytes, open_checkpoint, write_file, wr
 from pathlift.cli import main
 from pathlift.criteria import CRITERIA
 from pathlift.errors import CaptureError, CheckpointError, RangeError
-from pathlift.lifting.product import Product, dense
 from pathlift.streaming import condition_checkpoint, parameters_on_meta
+from pathlift.tensors.product import Product, dense
 
 NETWORKS = """
 import torch
@@ -544,14 +544,14 @@ def test_bits_are_never_lost(networks: Path, tmp_path: Path, monkeypatch) -> Non
         mantissas = [t[key].frexp().mantissa for t in (found, state)]
         assert torch.equal(*mantissas)
     # Scales that do lose bits are refused before anything is written.
-    import pathlift.streaming as streaming
+    from pathlift import condition
 
     def far(problem, *_):
         solution, scales = choose(problem, *_)
         return solution, scales * 0 - 10
 
-    choose = streaming.choose_scales
-    monkeypatch.setattr(streaming, "choose_scales", far)
+    choose = condition.choose_scales
+    monkeypatch.setattr(condition, "choose_scales", far)
     before = out.read_bytes()
     x = torch.zeros(1, 6)
     with pytest.raises(RangeError, match="bits would be lost"):

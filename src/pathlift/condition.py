@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pathlift import sharded
-from pathlift.apply import rescale_tensors_
-from pathlift.capture.inputs import tensors_in
 from pathlift.capture.model import capture
-from pathlift.capture.names import preserved
-from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Program
 from pathlift.criteria import Criterion, as_criterion
-from pathlift.errors import ArgumentError, VerificationError
-from pathlift.extents import Extent, extent_bounds, extents
+from pathlift.errors import ArgumentError
+from pathlift.homes.home import Home
+from pathlift.homes.sharded import home_of
 from pathlift.report import ConditioningReport
 from pathlift.solve import Operator, Solution, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
+from pathlift.solve.bounds import extent_bounds
 from pathlift.solve.integer import round_scales
 from pathlift.symmetry.group import RescalingGroup, infer_group
-from pathlift.training.optimizers import Optimizers
+from pathlift.tensors.extents import Extent
+from pathlift.tensors.state import Optimizers
+from pathlift.timing import timed
+from pathlift.verify import compared, outputs
 
 
 def condition_(
@@ -61,7 +60,7 @@ def condition_(
         exact: round the scales to integers, so that every output keeps all its bits. Otherwise
             the continuous optimum is applied and outputs change by rounding errors.
         optimizer: optimiser, or a list of them, whose state is carried along (mid-training use;
-            see :mod:`pathlift.training.optimizers`).
+            see :mod:`pathlift.tensors.state`).
         solver: ``"newton"`` or ``"coordinate"`` (the published algorithm).
         tol: bound on the certificate ``max |dF/ds| / p``.
         verify: run the model before and after and compare the outputs.
@@ -81,17 +80,9 @@ def condition_(
 
     In every case of failure the model is unchanged.
     """
-    check_arguments(exact, optimizer, tol, verify)
     chosen = as_criterion(criterion, reference)
-    conditioner = Conditioner(model, example_inputs, batch_norm=batch_norm)
-    return conditioner.condition_(
-        criterion=chosen,
-        exact=exact,
-        optimizer=optimizer,
-        solver=solver,
-        tol=tol,
-        verify=verify,
-    )
+    settings = Settings(chosen, exact, solver, tol, optimizer, verify)
+    return Conditioner(model, example_inputs, batch_norm=batch_norm).apply_(settings)
 
 
 class Conditioner:
@@ -107,20 +98,10 @@ class Conditioner:
     def __init__(
         self, model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
     ) -> None:
-        self.model = check_model(model)
-        self.batch_norm = batch_norm
+        self._home = home_of(model)
         self._seconds: dict[str, float] = {}
-        self._groups = sharded.process_groups(model)
-        sharded.reshard(self.model)
-        self._parameters, self._buffers, _ = named_tensors(self.model)
-        with timed(self._seconds, "capture"):
-            if sharded.has_shards(self.model):
-                whole = sharded.gather(self._parameters)
-                self._program = capture(sharded.structure(self.model), example_inputs, whole)
-            else:
-                self._program = capture(self.model, example_inputs)
-        with timed(self._seconds, "symmetry"):
-            self.group = infer_group(self._program, batch_norm)
+        self._known = understood(self._home, example_inputs, batch_norm, self._seconds)
+        self.model, self.group, self.batch_norm = self._home.model, self._known.group, batch_norm
 
     def condition_(
         self,
@@ -137,65 +118,114 @@ class Conditioner:
 
         The report's seconds of capture and symmetry stand in the first report only.
         """
-        check_arguments(exact, optimizer, tol, verify)
         chosen = as_criterion(criterion, reference)
-        model, program, group = self.model, self._program, self.group
-        self._check_same_parameters()
-        tensors = {**self._buffers, **self._parameters}
-        known = _finite_extents(group, self._parameters, self._buffers)
-        seconds = {"capture": 0.0, "symmetry": 0.0} | self._seconds
-        self._seconds = {}
-        with timed(seconds, "criterion"):
-            lower, upper = extent_bounds(group, known)
-            assembled, approximated = assemble_from(group, chosen, program, lower, upper)
-        with timed(seconds, "solve"):
-            solution, scales = choose_scales(assembled.operator, solver, tol, exact)
-            scales = sharded.from_first(scales, self._groups, self._device())
-        outputs = None
-        with timed(seconds, "verify"):
-            if verify:
-                outputs = _outputs(model, program)
-        with timed(seconds, "apply"):
-            rescale_tensors_(tensors, group, scales, optimizer, known)
-        with timed(seconds, "verify"):
-            change = None
-            if outputs is not None:
-                try:
-                    keeps_bits = exact and self.batch_norm == "pinned"
-                    change = self._difference(outputs, _outputs(model, program), keeps_bits)
-                except BaseException:
-                    rescale_tensors_(tensors, group, -scales, optimizer)
-                    raise
-        return summarised(group, assembled, solution, scales, approximated, change, seconds)
+        return self.apply_(Settings(chosen, exact, solver, tol, optimizer, verify))
 
-    def _check_same_parameters(self) -> None:
-        sharded.reshard(self.model)
-        parameters, self._buffers, _ = named_tensors(self.model)
-        for name, parameter in self._parameters.items():
-            if parameters.get(name) is not parameter:
-                raise ArgumentError(
-                    f"parameter '{name}' is not the one that was captured; the model was changed "
-                    f"(moved with a conversion, pruned, parametrised). Make a new Conditioner."
-                )
+    def apply_(self, settings: Settings) -> ConditioningReport:
+        """:meth:`condition_` with its arguments as one object."""
+        self._home.refresh()
+        seconds, self._seconds = self._seconds, {}
+        return condition_home(self._known, settings, seconds)
 
-    def _difference(self, before: Any, after: Any, exact: bool) -> float:
-        """The largest change of an output, on any process."""
-        worst = _largest_change(before, after)
-        # The bits of a non-negative float64 order as its values do.
-        bits = int(np.float64(worst).view(np.int64))
-        (bits,) = sharded.largest((bits,), self._groups, self._device())
-        worst = float(np.int64(bits).view(np.float64))
-        if exact and worst > 0:
-            raise VerificationError(
-                f"the rescaled network's outputs differ by up to {worst:.3g} although all scales "
-                f"are powers of two. An activation may leave the range of its dtype, or forward "
-                f"may not be deterministic. The model has been restored; try a wider dtype, or "
-                f"exact=False."
+
+@dataclass(frozen=True)
+class Understood:
+    """Where parameters live, and what is known of the model: its program and its group."""
+
+    home: Home
+    program: Program
+    group: RescalingGroup
+    batch_norm: str
+
+
+def understood(
+    home: Home, example_inputs: object, batch_norm: str, seconds: dict[str, float]
+) -> Understood:
+    """Capture a home's structure and find its group; what that takes is added to ``seconds``."""
+    with timed(seconds, "capture"):
+        program = capture(home.structure, example_inputs, home.value)
+    with timed(seconds, "symmetry"):
+        group = infer_group(program, batch_norm)
+    return Understood(home, program, group, batch_norm)
+
+
+def condition_home(
+    known: Understood, settings: Settings, seconds: dict[str, float]
+) -> ConditioningReport:
+    """The pipeline, over whichever home: coefficients, scales, the change, the look at outputs.
+
+    Args:
+        known: see :func:`understood`.
+        settings: see :func:`condition_`.
+        seconds: what capture and symmetry took; goes into the report.
+    """
+    home, program, group = known.home, known.program, known.group
+    seconds = {"capture": 0.0, "symmetry": 0.0} | seconds
+    with timed(seconds, "criterion"):
+        extents = finite_extents(home, program, group)
+        lower, upper = extent_bounds(group, extents)
+        assembled, approximated = assemble_from(
+            group, settings.criterion, program, lower, upper, home.store
+        )
+    with timed(seconds, "solve"):
+        solution, scales = choose_scales(
+            assembled.operator, settings.solver, settings.tol, settings.exact
+        )
+        scales = home.agree(scales)
+    with timed(seconds, "verify"):
+        before = outputs(home, program) if settings.verify else None
+    with timed(seconds, "apply"):
+        undo = home.multiply_(group.factors(scales), extents, settings.optimizer)
+    with timed(seconds, "verify"):
+        change = None
+        if before is not None:
+            keeps_bits = settings.exact and known.batch_norm == "pinned"
+            change = compared(home, program, group, scales, before, undo, keeps_bits)
+    return summarised(group, assembled, solution, scales, approximated, change, seconds)
+
+
+def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[str, Extent]:
+    """The magnitudes of all parameters, which must be finite, and of the buffers that scale."""
+    names = [n for n, spec in group.parameters.items() if spec.terms or n in program.parameters]
+    found = home.extents(names)
+    for name, extent in found.items():
+        if name in program.parameters and not extent.finite:
+            raise ArgumentError(
+                f"{home.label(name)} has entries that are NaN or infinite; its path kernel is not "
+                f"defined. Restore the weights or initialise them again."
             )
-        return worst
+    return found
 
-    def _device(self) -> torch.device | None:
-        return next((p.device for p in self._parameters.values()), None)
+
+@dataclass(frozen=True)
+class Settings:
+    """What :func:`condition_` is asked for, checked.
+
+    Raises:
+        ArgumentError: a wrong type or value.
+    """
+
+    criterion: Criterion
+    exact: bool = True
+    solver: str = "newton"
+    tol: float = 1e-8
+    optimizer: Optimizers = None
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        for name, flag in (("exact", self.exact), ("verify", self.verify)):
+            if not isinstance(flag, bool):
+                raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
+        tol: object = self.tol
+        if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
+            raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
+        several = self.optimizer if isinstance(self.optimizer, (list, tuple)) else [self.optimizer]
+        for one in several:
+            if one is not None and not isinstance(one, torch.optim.Optimizer):
+                raise ArgumentError(
+                    f"optimizer must be a torch.optim.Optimizer, a list of them or None; "
+                    f"found {type(one).__name__}."
+                )
 
 
 def choose_scales(
@@ -239,74 +269,3 @@ def summarised(
         passes=solution.matvecs,
         reduced_bytes=sum(b.matrix.nbytes for b in assembled.problem.blocks),
     )
-
-
-@contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-def check_arguments(exact: object, optimizer: object, tol: object, verify: object) -> None:
-    for name, flag in (("exact", exact), ("verify", verify)):
-        if not isinstance(flag, bool):
-            raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
-        raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
-    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    for one in several:
-        if one is not None and not isinstance(one, torch.optim.Optimizer):
-            raise ArgumentError(
-                f"optimizer must be a torch.optim.Optimizer, a list of them or None; "
-                f"found {type(one).__name__}."
-            )
-
-
-def _finite_extents(
-    group: RescalingGroup, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-) -> dict[str, Extent]:
-    """The magnitudes of all parameters, which must be finite, and of the buffers that scale."""
-    found = extents({n: p for n, p in parameters.items() if p.is_floating_point()})
-    for name, known in found.items():
-        if not known.finite:
-            raise ArgumentError(
-                f"parameter '{name}' has entries that are NaN or infinite; its path kernel is not "
-                f"defined. Restore the weights or initialise them again."
-            )
-    moving = [n for n, spec in group.parameters.items() if spec.terms and n not in found]
-    return found | extents({n: buffers[n] for n in moving})
-
-
-def _outputs(model: nn.Module, program: Program) -> list[list[Tensor]]:
-    """Outputs of the real model in every captured mode, with buffers and random state restored."""
-    found = []
-    with preserved(model), torch.no_grad():
-        buffers = [(b, b.clone()) for b in program.buffers.values()]
-        own = model.training
-        for graph in program.graphs:
-            if graph.training != own:
-                model.train(graph.training)
-            torch.manual_seed(0)
-            try:
-                out = model(*program.inputs.args, **program.inputs.kwargs)
-                found.append([t.detach().clone() for t in tensors_in(out)])
-            finally:
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-    sharded.reshard(model)
-    return found
-
-
-def _largest_change(before: Any, after: Any) -> float:
-    worst = 0.0
-    for a, b in zip(sum(before, []), sum(after, []), strict=True):
-        if torch.equal(a, b) or (
-            a.is_floating_point()
-            and torch.equal(a.nan_to_num(), b.nan_to_num())
-            and torch.equal(a.isnan(), b.isnan())
-        ):
-            continue
-        gap = (a.to(torch.float64) - b.to(torch.float64)).abs()
-        worst = max(worst, float(gap.nan_to_num(nan=float("inf")).max()))
-    return worst

@@ -25,11 +25,12 @@ from pathlift.capture.model import capture
 from pathlift.capture.program import Program
 from pathlift.criteria import Coefficients
 from pathlift.errors import ArgumentError, PathliftError, unknown
-from pathlift.extents import extent_bounds, extents
 from pathlift.lifting.lifted import diagonal
 from pathlift.solve import solve
 from pathlift.solve.assemble import assemble
+from pathlift.solve.bounds import extent_bounds
 from pathlift.symmetry.group import RescalingGroup, infer_group
+from pathlift.tensors.extents import extents
 
 Array = NDArray[np.float64]
 

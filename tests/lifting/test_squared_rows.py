@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from pathlift.capture.model import capture
 from pathlift.criteria import Coefficients
 from pathlift.lifting import parameters
-from pathlift.lifting.product import Product, dense
 from pathlift.lifting.lifted import lifted_pass, stream_diagonal
 from pathlift.solve import round_scales
 from pathlift.solve.assemble import assemble_sums, sum_up
 from pathlift.symmetry.group import infer_group
+from pathlift.tensors.product import Product, dense
 
 
 class Network(nn.Module):
@@ -65,7 +65,7 @@ def test_diagonal(shape: tuple[int, ...], piece: int, seed: int, double: bool) -
     found: dict[str, Tensor | Product] = {}
     made: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pathlift.pieces.HOST", piece)
+        patch.setattr("pathlift.tensors.pieces.HOST", piece)
         init = parameters.SquaredRows.__init__
 
         def note(self: parameters.SquaredRows, *args: Any) -> None:

@@ -9,9 +9,9 @@ import torch
 from scipy import sparse
 from scipy.special import logsumexp
 
-from pathlift.lifting.product import Product
-from pathlift.lifting.product import dense as formed
 from pathlift.solve import MatrixBlock, Problem
+from pathlift.tensors.product import Product
+from pathlift.tensors.product import dense as formed
 
 LN2 = np.log(2.0)
 

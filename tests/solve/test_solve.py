@@ -283,13 +283,13 @@ def test_large_float32_matrices_are_widened_in_pieces(seed, general, extreme):
     rng = np.random.default_rng(seed)
     reference = Operator(double)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pathlift.pieces.HOST", 5)
+        patch.setattr("pathlift.tensors.pieces.HOST", 5)
         pieces = Operator(single)
     for reach in (1.0, 300.0):
         s = rng.uniform(-reach, reach, problem.num_scales)
         d = rng.standard_normal(problem.num_scales)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pathlift.pieces.HOST", 5)
+            patch.setattr("pathlift.tensors.pieces.HOST", 5)
             at = pieces.evaluate(s)
             product = pieces.hessian_product(at, d)
         expected = reference.evaluate(s)

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 
 import pathlift
-from pathlift import sharded
+from pathlift.homes import sharded
+from pathlift.tensors import shards
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -78,8 +79,8 @@ def load(model: nn.Module, values: dict[str, Tensor]) -> None:
         for name, p in [*model.named_parameters(), *model.named_buffers()]:
             value = values[name]
             if isinstance(p, DTensor):
-                (value,) = sharded.local_factors(p, [value])
-            sharded.local_part(p).copy_(value)
+                (value,) = shards.local_factors(p, [value])
+            shards.local_part(p).copy_(value)
 
 
 def optimizer_of(case: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -233,18 +234,18 @@ def misuse() -> dict[str, Any]:
         return shard(model, mesh)
 
     def parts(model: nn.Module) -> Iterable[Tensor]:
-        return (sharded.local_part(p) for p in model.parameters())
+        return (shards.local_part(p) for p in model.parameters())
 
     model = fresh()
     if RANK == SIZE - 1:  # the others see nothing of it in their own shards
         with torch.no_grad():
-            sharded.local_part(model[0].weight)[0, 0] = torch.nan
+            shards.local_part(model[0].weight)[0, 0] = torch.nan
     nan = message(lambda: pathlift.condition_(model, torch.randn(2, 6)))
     model = fresh()
     group = pathlift.Conditioner(model, torch.randn(2, 6)).group
     if RANK == 0:
         with torch.no_grad():
-            sharded.local_part(model[0].weight)[0, 0] = 2.0**100
+            shards.local_part(model[0].weight)[0, 0] = 2.0**100
     before = [p.clone() for p in parts(model)]
     scales = torch.full((group.num_scales,), 60)
     out_of_range = message(lambda: group.rescale_(model, scales))
@@ -256,7 +257,7 @@ def misuse() -> dict[str, Any]:
         "nan": nan,
         "range": out_of_range,
         "unchanged": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
-        "partial": message(lambda: sharded.local_factors(partial, [torch.ones(4, 1)])),
+        "partial": message(lambda: shards.local_factors(partial, [torch.ones(4, 1)])),
     }
 
 

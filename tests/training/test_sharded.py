@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 import pathlift
-from pathlift import sharded
-from pathlift.sharded import structure
+from pathlift.homes import sharded
+from pathlift.homes.module import ModuleHome
+from pathlift.homes.sharded import structure
+from pathlift.tensors.shards import local_part
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -129,9 +131,9 @@ def test_the_structure_is_that_of_the_model() -> None:
 def test_without_processes_nothing_is_sharded() -> None:
     model = nn.Linear(3, 2)
     before = copy.deepcopy(model.state_dict())
-    assert not sharded.has_shards(model) and sharded.process_groups(model) == []
+    assert type(sharded.home_of(model)) is ModuleHome
     sharded.reshard(model)
-    assert sharded.local_part(model.weight) is model.weight
+    assert local_part(model.weight) is model.weight
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
 
 

@@ -51,7 +51,7 @@ def capture(model: nn.Module, example_inputs: object, source: Source | None = No
     inputs = as_inputs(example_inputs)
     parameters, buffers, aliases = named_tensors(model)
     with LOCK, Snapshot(model) as before, _quiet():
-        graphs = _Session(model, inputs, before, parameters, buffers, source is None).graphs()
+        graphs = _Session(model, inputs, before, parameters, buffers).graphs()
     return Program(tuple(graphs), parameters, buffers, aliases, inputs, source)
 
 
@@ -65,9 +65,9 @@ class _Session:
         before: Snapshot,
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
-        real: bool,
     ) -> None:
-        self.model, self.inputs, self.before, self.real = model, inputs, before, real
+        self.model, self.inputs, self.before = model, inputs, before
+        self.real = not any(p.is_meta for p in parameters.values())
         self.own = model.training
         self.named = {id(t): n for n, t in [*buffers.items(), *parameters.items()]}
         self.floating = {n: p for n, p in parameters.items() if p.is_floating_point()}

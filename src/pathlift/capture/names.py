@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pathlift.errors import ArgumentError, CaptureError
-from pathlift.sharded import local_part
+from pathlift.tensors.shards import local_part
 
 
 def unwrap(model: nn.Module) -> nn.Module:

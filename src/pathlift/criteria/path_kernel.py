@@ -10,8 +10,8 @@ from torch import Tensor
 from pathlift.capture.program import Program
 from pathlift.criteria.protocol import Criterion, Sink
 from pathlift.lifting.lifted import stream_diagonal
-from pathlift.lifting.product import Product
 from pathlift.lifting.samples import batch_statistics
+from pathlift.tensors.product import Product
 
 
 def _hand_on(program: Program, sink: Sink) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pathlift.capture.program import Program
 from pathlift.errors import ArgumentError
-from pathlift.lifting.product import Product, dense
+from pathlift.tensors.product import Product, dense
 
 
 @dataclass(frozen=True)

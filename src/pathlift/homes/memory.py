@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pathlift.sharded import is_sharded, local_part
+from pathlift.tensors.shards import is_sharded, local_part
 
 # What torch raises where a tensor has no storage: functorch's wrappers, opaque layouts, lazy
 # parameters.

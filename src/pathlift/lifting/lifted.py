@@ -23,7 +23,7 @@ from pathlift.capture.program import Call, Graph, Program, Symbol, call, symbols
 from pathlift.capture.walk import walk
 from pathlift.errors import UnsupportedOperationError
 from pathlift.lifting.parameters import DroppedParameters, KeptParameters, rescaled
-from pathlift.lifting.product import Product, dense
+from pathlift.tensors.product import Product, dense
 from pathlift.lifting.samples import Statistics
 from pathlift.lifting.values import Lifted, Squares
 from pathlift.operations.table import TABLE, NoPaths, Operation, Undescribed, described

@@ -81,7 +81,7 @@ def condition_number(eigenvalues: Tensor, *, on_range: bool = False) -> float:
 
     Args:
         eigenvalues: as from :func:`ntk_spectrum` or
-            :func:`pathlift.lifting.dense.path_kernel_spectrum`, in any order.
+            :func:`pathlift.lifting.paths.path_kernel_spectrum`, in any order.
         on_range: leave out the eigenvalues that are 0 up to rounding, at most
             ``2.2e-16 * count`` times the largest. Otherwise they make it infinite.
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pathlift.capture.program import Program
-from pathlift.lifting.product import Product
-from pathlift.pieces import entries_at_a_time
+from pathlift.tensors.pieces import entries_at_a_time
+from pathlift.tensors.product import Product
 
 
 def _power(

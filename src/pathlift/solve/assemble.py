@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pathlift.capture.program import Program
 from pathlift.criteria.protocol import Coefficients, Criterion
-from pathlift.lifting.product import Product, dense
-from pathlift.pieces import entries_at_a_time
 from pathlift.solve.matrix import Store, to_numpy
 from pathlift.solve.problem import MatrixBlock, Operator, Problem, as_is
 from pathlift.solve.ranges import value
 from pathlift.symmetry.group import ParameterScales, RescalingGroup
 from pathlift.symmetry.scales import distinct
+from pathlift.tensors.pieces import entries_at_a_time
+from pathlift.tensors.product import Product, dense
 
 Array = NDArray[np.float64]
 # A group of axes and the terms of the exponent that vary along them.

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathlift import pieces
 from pathlift.errors import ArgumentError
-from pathlift.lifting.product import Product
-from pathlift.pieces import entries_at_a_time
+from pathlift.tensors import pieces
+from pathlift.tensors.pieces import entries_at_a_time
+from pathlift.tensors.product import Product
 
 Array = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]

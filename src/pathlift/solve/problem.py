@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pathlift.errors import ArgumentError
-from pathlift.lifting.product import Product
 from pathlift.solve.matrix import (
     Array,
     Matrix,
@@ -38,6 +37,7 @@ from pathlift.solve.matrix import (
     matrix_of,
     to_numpy,
 )
+from pathlift.tensors.product import Product
 
 IntArray = NDArray[np.int64]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,11 +14,13 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor, nn
 
 from pathlift.capture.model import capture
+from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Program
 from pathlift.errors import ArgumentError
 from pathlift.symmetry.equations import Equations
 from pathlift.symmetry.inference import Inference
 from pathlift.symmetry.scales import axis_components, collapse, distinct, varying
+from pathlift.tensors.rescale import rescale_
 
 # From this many entries on it pays to look for those that span the others.
 _LARGE = 10_000
@@ -131,9 +133,38 @@ class RescalingGroup:
             ArgumentError: wrong shape, not finite, or a model whose parameters differ.
             RangeError: a parameter would leave the normal range of its dtype.
         """
-        from pathlift.apply import rescale_
+        parameters, buffers, _ = named_tensors(check_model(model))
+        tensors = {**buffers, **parameters}
+        self.check_tensors(tensors)
+        rescale_(tensors, self.factors(log2_scales))
 
-        rescale_(model, self, log2_scales)
+    def factors(self, log2_scales: Tensor | NDArray[np.generic]) -> dict[str, list[Tensor]]:
+        """Name -> log2 factors of every tensor that an element of the group changes.
+
+        Args:
+            log2_scales: shape (num_scales,).
+
+        Returns:
+            Small float64 tensors that broadcast to the parameter's shape; their sum is ``E s``.
+
+        Raises:
+            ArgumentError: wrong shape, or not finite.
+        """
+        return self.parameter_exponents(self.variables(log2_scales))
+
+    def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ArgumentError unless all that the group rescales is there, in its shape."""
+        for name, spec in self.parameters.items():
+            if name not in tensors:
+                raise ArgumentError(
+                    f"the model has no parameter '{name}', which the group rescales. Pass the "
+                    f"model the group was computed for."
+                )
+            if tensors[name].shape != spec.shape:
+                raise ArgumentError(
+                    f"parameter '{name}' has shape {tuple(tensors[name].shape)}; the group was "
+                    f"computed for {tuple(spec.shape)}. Pass the model the group was computed for."
+                )
 
     def summary(self) -> str:
         """Per parameter: which dimensions scale, with which others, and what pins the rest.

@@ -1,4 +1,4 @@
-"""Magnitudes of tensors, and the bounds that they put on scales."""
+"""Magnitudes of tensors, and what factors they leave room for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathlift.pieces import entries_at_a_time
-from pathlift.sharded import is_sharded, largest_around, local_part
-from pathlift.symmetry.group import RescalingGroup
+from pathlift.tensors.pieces import entries_at_a_time
+from pathlift.tensors.shards import is_sharded, largest_around, local_part
 
+# Log2 factors of one tensor, as small tensors whose broadcast sum is meant.
+Factors = list[Tensor]
 # Smallest and largest log2 factor of one tensor of factors.
 Span = tuple[float, float]
 
@@ -39,6 +40,17 @@ class Extent:
     dtype: torch.dtype
     exponents: tuple[int, int] | None
     finite: bool = True
+
+    @staticmethod
+    def of_all(dtype: torch.dtype, pieces: Iterable[Extent]) -> Extent:
+        """The extent of a tensor that lies in pieces."""
+        pieces = list(pieces)
+        if not all(p.finite for p in pieces):
+            return Extent(dtype, None, False)
+        spans = [p.exponents for p in pieces if p.exponents is not None]
+        if not spans:
+            return Extent(dtype, None)
+        return Extent(dtype, (min(low for low, _ in spans), max(high for _, high in spans)))
 
     def allows(self, spans: Iterable[Span]) -> bool:
         """Whether factors within these spans surely keep every entry normal, in any order."""
@@ -162,47 +174,3 @@ class Joined:
             bottom[filled] = np.minimum.reduceat(self.entries, starts)
             top[filled] = np.maximum.reduceat(self.entries, starts)
         return list(zip(bottom.tolist(), top.tolist(), strict=True))
-
-
-def extent_bounds(
-    group: RescalingGroup, known: Mapping[str, Extent]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Bounds ``(H,)`` on the free log2 scales within which no parameter leaves its dtype's range.
-
-    A tensor's headroom is shared equally among the scales that multiply it; activations keep half
-    of the dtype's exponent range.
-    """
-    touched: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    rooms: list[tuple[int, int]] = []
-    for name, spec in group.parameters.items():
-        if not spec.terms:
-            continue
-        low, high = exponent_limits(known[name].dtype)
-        found = known[name].exponents
-        above = high // 2 if found is None else max(min(high - 1 - found[1], high // 2), 0)
-        below = high // 2 if found is None else max(min(found[0] - low, high // 2), 0)
-        share = sum(abs(c) for c, _ in spec.terms)
-        for coefficient, ids in spec.terms:
-            rise, fall = (above, below) if coefficient > 0 else (below, above)
-            touched.append(ids.numpy().reshape(-1))
-            rooms.append((rise // share, fall // share))
-    variables = np.concatenate(touched)
-    room = np.asarray(rooms, dtype=np.float64).reshape(-1, 2)
-    room = np.repeat(room, [len(ids) for ids in touched[1:]], axis=0)
-    up = np.full(group.basis.shape[0], np.inf)
-    down = np.full(group.basis.shape[0], np.inf)
-    np.minimum.at(up, variables, room[:, 0])
-    np.minimum.at(down, variables, room[:, 1])
-    # Through the basis: |s_h| is held to the tighter side where several scales add up.
-    h = group.num_scales
-    upper, lower = np.full(h, 60.0), np.full(h, -60.0)
-    basis = group.basis.tocoo()
-    weight = np.asarray(abs(group.basis).sum(axis=1)).ravel()
-    row, col, c = basis.row, basis.col, basis.data
-    both = np.minimum(up, down)
-    simple = (weight[row] == 1) & (c == 1)
-    high_side = np.where(simple, up[row], np.floor(both[row] / np.maximum(weight[row], 1)))
-    low_side = np.where(simple, down[row], np.floor(both[row] / np.maximum(weight[row], 1)))
-    np.minimum.at(upper, col, high_side)
-    np.maximum.at(lower, col, -low_side)
-    return lower, upper

@@ -1,0 +1,1 @@
+"""Arithmetic on tensors that knows no group and no model: magnitudes, factors, products."""
