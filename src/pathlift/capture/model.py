@@ -50,9 +50,15 @@ def capture(model: nn.Module, example_inputs: object, source: Source | None = No
     model = check_model(model, meta=source is not None)
     inputs = as_inputs(example_inputs)
     parameters, buffers, aliases = named_tensors(model)
-    with LOCK, Snapshot(model) as before, _quiet():
-        graphs = _Session(model, inputs, before, parameters, buffers).graphs()
-    return Program(tuple(graphs), parameters, buffers, aliases, inputs, source)
+    with LOCK, _quiet():
+        before = Snapshot(model)
+        session = _Session(model, inputs, before, parameters, buffers)
+        try:
+            with before:
+                graphs = tuple(session.graphs())
+        finally:
+            session.release()
+    return Program(graphs, parameters, buffers, aliases, inputs, source, session.examples)
 
 
 class _Session:
@@ -74,20 +80,27 @@ class _Session:
         # Tensors of the inputs that no container shows: their values are not known.
         self.state = {id(t) for t in tensors_in((inputs.args, inputs.kwargs))}
         self.buffers = buffers
+        self.examples: dict[bool, Inputs] = {}
+        self.recorders: list[Recorder] = []
 
     def graphs(self) -> list[Graph]:
         """One graph per mode and per call that differs from the first."""
         modes = [self.own, not self.own]
         later: dict[bool, Snapshot] = {}
-        batches = {mode: self.inputs for mode in modes}
+        self.examples = {mode: self.inputs for mode in modes}
         if self.real:
             for mode in modes:
-                batches[mode] = self._warm_up(mode, later)
+                self.examples[mode] = self._warm_up(mode, later)
         found = []
         with _fake_for_meta(self.model) as fake:
             for mode in modes:
-                found += self._recorded(mode, batches[mode], later.get(mode), fake)
+                found += self._recorded(mode, self.examples[mode], later.get(mode), fake)
         return found
+
+    def release(self) -> None:
+        """No fake tensor stays behind anywhere."""
+        for recorder in self.recorders:
+            recorder.release()
 
     def _warm_up(self, mode: bool, later: dict[bool, Snapshot]) -> Inputs:
         """Run for real; note what the call changes, and put the model back."""
@@ -177,6 +190,7 @@ class _Session:
             frozenset(id(p) for n, p in self._tensors().items() if n in self.floating),
             frozenset(self.state),
         )
+        self.recorders.append(recorder)
         symbols: list[Symbol] = []
 
         def faked(tensor: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Call:
         """The operation and its module, for messages."""
         return f"{self.name} at '{self.module}'" if self.module else self.name
 
-    def run(self, **replaced: Any) -> Any:
+    def run(self, /, **replaced: Any) -> Any:
         """The operation itself, with some arguments replaced."""
         arguments = {**self.arguments, **replaced}
         return call(self.target, arguments)
@@ -203,6 +203,8 @@ class Program:
         aliases: further name -> first name, of tensors registered more than once.
         inputs: the example inputs.
         source: name -> values, for a model whose parameters are on the meta device.
+        examples: mode -> the inputs it was recorded on, where the example inputs did not do (a
+            batch of one in train mode).
     """
 
     graphs: tuple[Graph, ...]
@@ -211,7 +213,7 @@ class Program:
     aliases: dict[str, str]
     inputs: Inputs
     source: Source | None = None
-    extras: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    examples: dict[bool, Inputs] = field(default_factory=dict)
 
     def value(self, name: str) -> Tensor:
         """The values of a parameter, to be read and then let go; not to be written to."""

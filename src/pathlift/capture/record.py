@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import CellType
 from typing import Any
 
 import torch
@@ -159,6 +160,7 @@ class Recorder(TorchDispatchMode):
         self.module: list[str] = []
         self._slots: Any = WeakIdKeyDictionary()
         self._external: dict[int, tuple[Tensor, Slot]] = {}
+        self._inputs: list[Slot] = []
         self._made: list[weakref.ref[Tensor]] = []
 
     # ------------------------------------------------------------------ inputs and results
@@ -167,7 +169,8 @@ class Recorder(TorchDispatchMode):
         """A fake tensor in place of an example input."""
         fake = self.fake.from_tensor(tensor.detach(), static_shapes=True)
         symbol = Symbol(fake.shape, fake.dtype)
-        self._slots[fake] = Slot(Root(symbol, external="the model's input"), (), symbol)
+        slot = self._slots[fake] = Slot(Root(symbol, external="the model's input"), (), symbol)
+        self._inputs.append(slot)
         return fake, symbol
 
     def results(
@@ -191,12 +194,24 @@ class Recorder(TorchDispatchMode):
         for tensor in self._living():
             leaving.setdefault(self._read(tensor), "a tensor that forward leaves behind")
         slots = [s for _, s in self._external.values()]
-        slots += [s for s in self._slots.values() if s.root.external]
-        for slot in slots:
+        for slot in [*slots, *self._inputs]:
             if slot.root.version and slot.root.value is not None:
                 leaving.setdefault(slot.root.value, f"written into {slot.root.external}")
         self._pin_shared_memory(leaving)
         return outputs, leaving
+
+    def release(self) -> None:
+        """Put real tensors in place of what forward has left in globals, closures and caches.
+
+        To be called when the model is as it was: what is alive now, no module holds.
+        """
+        if self._living():
+            gc.collect()
+        for tensor in self._living():
+            with _disable_current_modes():
+                real = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            for holder in gc.get_referrers(tensor):
+                _replace(holder, tensor, real)
 
     def _living(self) -> list[Tensor]:
         return [tensor for ref in self._made if (tensor := ref()) is not None]
@@ -231,6 +246,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         plan = _plan(func)
         bound = _bind(plan, args, kwargs)
+        if plan.name == "lift_fresh":  # a tensor that Python has just made
+            self._slots.setdefault(args[0], Slot(Root(symbolic=False)))
         tensors = list(_tensors((args, kwargs)))
         symbolic = any(self._symbolic(t) for t in tensors)
         if not symbolic and self._computable(plan, bound):
@@ -261,7 +278,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, plan: _Plan, bound: dict[str, Any], args: Any, kwargs: Any
     ) -> Any:
         """Run on real tensors, none of which depends on inputs, parameters or state."""
-        for name in plan.mutated:
+        for name in () if plan.reshaped else plan.mutated:
             for tensor in _tensors(bound[name]):
                 root = self._slot(tensor).root
                 with _disable_current_modes():
@@ -497,13 +514,16 @@ class Recorder(TorchDispatchMode):
         if not plan.aliases:
             return None
         for name, value in bound.items():
-            if isinstance(value, Tensor) and (value is tensor or _shares(value, tensor)):
-                return name, value
-            if isinstance(value, (list, tuple)):
-                for one in value:
-                    if isinstance(one, Tensor) and (one is tensor or _shares(one, tensor)):
-                        return name, one
+            for one in _tensors(value):
+                if one is tensor or _shares(self._twin(one, tensor), tensor):
+                    return name, one
         return None
+
+    def _twin(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """The fake tensor in whose place a real one was computed with."""
+        if _is_fake(like) and not _is_fake(tensor):
+            return self.fake.from_tensor(tensor, static_shapes=True)
+        return tensor
 
     def _view(
         self,
@@ -610,6 +630,19 @@ def _restored(func: Any, result: Any, bound: dict[str, Any]) -> Any:
     if len(func._schema.returns) > 1:
         return tuple(found)
     return found[0] if found else result
+
+
+def _replace(holder: Any, old: Tensor, new: Tensor) -> None:
+    """Put ``new`` where a container or a closure's cell holds ``old``."""
+    if isinstance(holder, dict):
+        for key in [k for k, v in holder.items() if v is old]:
+            holder[key] = new
+    elif isinstance(holder, list):
+        holder[:] = [new if v is old else v for v in holder]
+    elif isinstance(holder, set):
+        holder.discard(old)
+    elif isinstance(holder, CellType):
+        holder.cell_contents = new
 
 
 def _is_fake(tensor: Tensor) -> bool:

@@ -111,6 +111,8 @@ class _SquaredReading:
     ) -> None:
         self.program, self.store, self.context = program, store, context
         self.by_rows = _weights(graph)
+        context.known = graph.constants.__contains__
+        context.weighs = lambda call: _weighs(graph, call)
         self.opened: dict[Symbol, str] = {}
         # A parameter and what is made of it alone (views) -> the parameter; how many there are.
         self.views: dict[Symbol, Symbol] = {}
@@ -241,22 +243,45 @@ def _per_sample(
     def cut(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [cut(v) for v in value]
-        if isinstance(value, Lifted):
-            return value.map(lambda t: t[:1] if t.dim() == rank and t.shape[0] == size else t)
-        return value
+        return _both(value, lambda t: t[:1] if t.dim() == rank and t.shape[0] == size else t)
 
     def widen(value: Any) -> Any:
-        if isinstance(value, Lifted):
-            return value.map(lambda t: t.expand(size, *t.shape[1:]))
-        return value
+        return _both(value, lambda t: t.expand(size, *t.shape[1:]))
 
     out = reading(context, call, **{**arguments, **{n: cut(arguments[n]) for n in names}})
     return [widen(v) for v in out] if isinstance(out, (list, tuple)) else widen(out)
 
 
+def _both(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A view of an activation and of its gain."""
+    if not isinstance(value, Lifted):
+        return value
+    gain = None if value.gain is None else function(value.gain)
+    return Lifted(function(value.tensor), value.shift, gain)
+
+
+_PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv", "mul", "einsum", "baddbmm", "addmm"})
+
+
+def _weighs(graph: Graph, call: Call) -> bool:
+    """Whether what a call returns goes into a product, perhaps after a change of shape or type."""
+    waiting = [call.output]
+    while waiting:
+        for user in graph.uses.get(waiting.pop(), ()):
+            if user.name in _PRODUCTS:
+                return True
+            if len(list(symbols_in(user.arguments))) == 1:
+                waiting += symbols_in(user.outputs)
+    return False
+
+
 # Random draws and memory without values: their expectation.
 EXPECTATION: dict[str, Callable[[Call], float]] = {
-    "bernoulli": lambda call: float(call.arguments.get("p") or 1.0),
+    "bernoulli": lambda call: _number(call.arguments.get("p"), 1.0),
+    "uniform": lambda call: (abs(_number(call["from"], 0)) + abs(_number(call["to"], 1))) / 2,
+    "exponential": lambda call: 1.0,
+    "normal": lambda call: abs(_number(call.arguments.get("mean"), 0.0)),
+    "normal_functional": lambda call: abs(_number(call.arguments.get("mean"), 0.0)),
     "rand": lambda call: 0.5,
     "rand_like": lambda call: 0.5,
     "randn": lambda call: 0.0,
@@ -266,6 +291,10 @@ EXPECTATION: dict[str, Callable[[Call], float]] = {
     "empty_like": lambda call: 0.0,
     "empty_strided": lambda call: 0.0,
 }
+
+
+def _number(value: Any, default: float) -> float:
+    return float(value) if isinstance(value, (int, float)) else default
 
 
 def _weights(graph: Graph) -> set[Symbol]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathlift.capture.program import Call
+from pathlift.capture.program import Call, Symbol
 from pathlift.errors import UnsupportedOperationError
 
 
@@ -38,7 +38,8 @@ class Lifted:
         exponent = math.frexp(peak)[1]
         if abs(exponent) < 16:
             return self
-        return Lifted(self.tensor * 2.0**-exponent, self.shift + exponent)
+        gain = None if self.gain is None else self.gain * 2.0**-exponent
+        return Lifted(self.tensor * 2.0**-exponent, self.shift + exponent, gain)
 
 
 class Squares:
@@ -56,6 +57,10 @@ class Squares:
         self.strict = strict
         self.node: Call = None  # type: ignore[assignment]
         self.approximated: dict[str, int] = {}
+        # Whether a symbol's value is known: neither inputs, parameters nor state decide it.
+        self.known: Callable[[Symbol | None], bool] = lambda symbol: False
+        # Whether the result of a call weighs other values (attention): it goes into a product.
+        self.weighs: Callable[[Call], bool] = lambda call: False
 
     def coefficient(self, value: Any) -> Any:
         """``|a|^p`` of a fixed coefficient."""

@@ -91,6 +91,20 @@ class RescalingGroup:
             )
         return np.asarray(self.basis @ scales)
 
+    def carriers(self, which: NDArray[np.intp]) -> list[str]:
+        """Names of the parameters that carry any of the scales numbered ``which``."""
+        touched = np.flatnonzero(abs(self.basis[:, which]).sum(axis=1))
+        return [
+            name
+            for name, spec in self.parameters.items()
+            if any(bool(np.isin(ids.numpy(), touched).any()) for _, ids in spec.terms)
+        ]
+
+    def places(self, which: NDArray[np.intp]) -> list[str]:
+        """The operations that read these parameters, with their modules."""
+        found = [use for name in self.carriers(which) for use in self.parameters[name].uses]
+        return list(dict.fromkeys(found))
+
     def parameter_exponents(self, variables: NDArray[np.float64]) -> dict[str, list[Tensor]]:
         """Name -> log2 factors: small float64 tensors whose broadcast sum is ``E s``.
 
@@ -271,7 +285,7 @@ def rescaling_group(
     """The rescaling group of ``model``; nothing is changed.
 
     Args:
-        model: any module that torch.export (or plain tracing) captures.
+        model: any module whose operations are the same for every input.
         example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
         batch_norm: ``"pinned"`` (the input of a batch norm has no scale; every element of the
             group is exact) or ``"invariant"`` (the input is free too, and ``running_mean`` and
@@ -301,9 +315,11 @@ def infer_group(program: Program, batch_norm: str = "pinned") -> RescalingGroup:
         if leaf.form is not None:
             for coefficient, ids in leaf.form.terms:
                 small = table[collapse(ids)]
-                if bool((small == small.flatten()[:1]).all() if small.numel() else True):
+                if not small.numel():
+                    continue
+                if bool((small == small.flatten()[:1]).all()):
                     small = small.flatten()[:1].reshape((1,) * small.dim())
-                if small.numel() and bool(small.any()):
+                if bool(small.any()):
                     terms.append((coefficient, small))
         specs[name] = ParameterScales(
             name,
