@@ -25,7 +25,7 @@ from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
 from pathlift.tensors.state import Optimizers
 from pathlift.timing import timed
-from pathlift.verify import compared, outputs
+from pathlift.verify import Applied, compared, outputs
 
 
 def condition_(
@@ -81,7 +81,7 @@ def condition_(
     """
     chosen = as_criterion(criterion, reference)
     settings = Settings(chosen, exact, solver, tol, optimizer, verify)
-    return Conditioner(model, example_inputs, batch_norm=batch_norm).apply_(settings)
+    return Conditioner(model, example_inputs, batch_norm=batch_norm)._conditioned(settings)
 
 
 class Conditioner:
@@ -118,11 +118,12 @@ class Conditioner:
         The report's seconds of capture and symmetry stand in the first report only.
         """
         chosen = as_criterion(criterion, reference)
-        return self.apply_(Settings(chosen, exact, solver, tol, optimizer, verify))
+        return self._conditioned(Settings(chosen, exact, solver, tol, optimizer, verify))
 
-    def apply_(self, settings: Settings) -> ConditioningReport:
+    def _conditioned(self, settings: Settings) -> ConditioningReport:
         """:meth:`condition_` with its arguments as one object."""
         self._home.refresh()
+        self.group.check_tensors(self._home.tensors())
         seconds, self._seconds = self._seconds, {}
         return condition_home(self._known, settings, seconds)
 
@@ -179,7 +180,7 @@ def condition_home(
         change = None
         if before is not None:
             keeps_bits = settings.exact and known.batch_norm == "pinned"
-            change = compared(home, program, group, scales, before, undo, keeps_bits)
+            change = compared(Applied(home, program, group, scales, undo), before, keeps_bits)
     return summarised(group, assembled, solution, scales, approximated, change, seconds)
 
 

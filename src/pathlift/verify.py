@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pathlift.blame import explained, smallest
 from pathlift.capture import Program, preserved, tensors_in
-from pathlift.errors import VerificationError
+from pathlift.errors import RangeError, VerificationError
 from pathlift.homes.home import Home
 from pathlift.symmetry.group import RescalingGroup
 from pathlift.tensors.rescale import Undo
@@ -44,40 +47,79 @@ def outputs(home: Home, program: Program) -> Outputs | None:
     return found
 
 
-def compared(
-    home: Home,
-    program: Program,
-    group: RescalingGroup,
-    scales: NDArray[Any],
-    before: Outputs,
-    undo: Undo,
-    exact: bool,
-) -> float:
+@dataclass(frozen=True)
+class Applied:
+    """Scales of a group that a home's parameters were just multiplied by.
+
+    ``undo`` takes them back.
+    """
+
+    home: Home
+    program: Program
+    group: RescalingGroup
+    scales: NDArray[Any]
+    undo: Undo
+
+
+def compared(applied: Applied, before: Outputs, exact: bool) -> float:
     """The largest change of an output on any process, now that the scales are applied.
 
     Args:
+        applied: the scales; taken back if anything fails.
         before: the outputs before.
-        undo: takes the scales back; called if anything fails.
         exact: whether every bit has to be kept.
 
     Raises:
         VerificationError: exact, and the outputs differ; the model is as before.
     """
     try:
-        after = outputs(home, program)
-        assert after is not None
-        worst = home.worst(largest_change(before, after))
-        if exact and worst > 0:
-            raise VerificationError(
-                f"the rescaled network's outputs differ by up to {worst:.3g} although all scales "
-                f"are powers of two. An activation may leave the range of its dtype, or forward "
-                f"may not be deterministic. The model has been restored; try a wider dtype, or "
-                f"exact=False."
-            )
+        worst = _change_since(before, applied)
     except BaseException:
-        undo()
+        applied.undo()
         raise
+    if exact and worst > 0:
+        applied.undo()
+        raise VerificationError(
+            f"the rescaled network's outputs differ by up to {worst:.3g} although all scales are "
+            f"powers of two. {_reason(applied, before)} The model has been restored; try a wider "
+            f"dtype, or exact=False."
+        )
     return worst
+
+
+def _change_since(before: Outputs, applied: Applied) -> float:
+    now = outputs(applied.home, applied.program)
+    assert now is not None
+    return applied.home.worst(largest_change(before, now))
+
+
+def _reason(applied: Applied, before: Outputs) -> str:
+    """Why outputs differ, found by looking again with nothing and with parts of the scales."""
+    home, scales = applied.home, applied.scales
+    again = _change_since(before, applied)
+    if again > 0:
+        return (
+            f"Forward is not deterministic: the unchanged model's outputs differ by up to "
+            f"{again:.3g} from one run to the next."
+        )
+
+    def fails(some: list[int]) -> bool:
+        part = np.zeros_like(scales)
+        part[some] = scales[some]
+        try:
+            undo = home.multiply_(applied.group.factors(part))
+        except RangeError:
+            return False
+        try:
+            return _change_since(before, applied) > 0
+        finally:
+            undo()
+
+    found = smallest(np.flatnonzero(scales).tolist(), fails)
+    return (
+        f"{explained(applied.group, applied.program, found)} An activation may leave the range of "
+        f"its dtype there, or an operation does not do what it was taken for."
+    )
 
 
 def largest_change(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pathlift.errors import RangeError
+from pathlift.errors import ArgumentError, RangeError
 from pathlift.tensors.extents import Extent, Factors, Joined, extents
 from pathlift.tensors.pieces import entries_at_a_time
 from pathlift.tensors.shards import largest_around, local_factors, local_part
@@ -63,8 +63,11 @@ def rescale_(
 
     Raises:
         RangeError: a tensor would leave the normal range of its dtype.
-        ArgumentError: state of the optimiser whose transformation is not known.
+        ArgumentError: state of the optimiser whose transformation is not known, or an expanded
+            tensor.
     """
+    for name in exponents:
+        _check_memory(name, tensors[name])
     exact = whole(exponents)
     if exact:
         known = known or extents({n: tensors[n] for n in exponents})
@@ -74,6 +77,15 @@ def rescale_(
     targets = [_target(t.data, e, 1, exact) for _, t, e in changes]
     # State may underflow (the momentum of a dead unit), so it is never exact.
     return multiply_all_([*targets, *(_target(t, e, power, False) for t, e, power in states)])
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    if any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ArgumentError(
+            f"'{name}' is expanded: of its {tensor.numel()} entries several share one place in "
+            f"memory (strides {tuple(tensor.stride())}), so they can't be multiplied by factors "
+            f"of their own. Give it memory of its own: .clone()."
+        )
 
 
 def whole(exponents: Mapping[str, Factors]) -> bool:
