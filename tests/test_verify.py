@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -74,11 +75,11 @@ def test_a_model_that_draws_its_own_numbers() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
-            self.calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return self.b(torch.relu(self.a(x))) * (1 + 0.1 * self.calls)
+            return self.b(torch.relu(self.a(x))) * (1 + 0.1 * next(calls))
+
+    calls = itertools.count()
 
     torch.manual_seed(0)
     with pytest.raises(pathlift.VerificationError, match="Forward is not deterministic: the unch"):
@@ -129,3 +130,28 @@ def test_change_of_outputs() -> None:
     other[0][0][1] = 1.0
     assert largest_change(one, other) == float("inf")
     assert largest_change([[]], [[]]) == 0.0
+
+
+def test_what_a_run_leaves_behind_is_put_back() -> None:
+    class Messy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+            self.calls, self.last, self.seen = 0, None, []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen.append(self.calls)
+            self.last = self.b(torch.relu(self.norm(self.a(x))))
+            return self.last
+
+    torch.manual_seed(0)
+    model, x = Messy(), torch.randn(5, 3)
+    conditioned = pathlift.Conditioner(model, x)
+    model.calls, model.last, model.seen = 0, None, []
+    seen, statistics = model.seen, model.norm.running_mean.clone()
+    state = torch.get_rng_state()
+    assert conditioned.condition_().max_output_change == 0.0
+    assert model.calls == 0 and model.last is None and model.seen is seen and seen == []
+    assert torch.equal(model.norm.running_mean, statistics)
+    assert torch.equal(state, torch.get_rng_state())

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from pathlift.blame import explained, smallest
-from pathlift.capture import Program, preserved, tensors_in
+from pathlift.capture import Program, tensors_in
 from pathlift.errors import RangeError, VerificationError
 from pathlift.homes.home import Home
+from pathlift.homes.snapshot import Snapshot
 from pathlift.symmetry.group import RescalingGroup
 from pathlift.tensors.rescale import Undo
 
@@ -23,28 +24,31 @@ Outputs = list[list[Tensor]]
 
 
 def outputs(home: Home, program: Program) -> Outputs | None:
-    """Outputs of the real model in every captured mode, with buffers and random state restored.
+    """Outputs of the real model in every captured mode; what its runs leave behind is put back.
 
-    None if there is no model to run.
+    Every run starts from the same state and the same random numbers. None if there is no model to
+    run.
     """
-    model, found = home.model, []
-    if model is None:
+    if home.model is None:
         return None
-    with preserved(model), torch.no_grad():
-        buffers = [(b, b.clone()) for b in program.buffers.values()]
-        own = model.training
-        for graph in program.graphs:
-            if graph.training != own:
-                model.train(graph.training)
-            torch.manual_seed(0)
-            try:
-                out = model(*program.inputs.args, **program.inputs.kwargs)
-                found.append([t.detach().clone() for t in tensors_in(out)])
-            finally:
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-    home.settle()
+    found = []
+    snapshot = Snapshot(home.model)
+    for graph in program.graphs:
+        try:
+            found.append(_run(home.model, program, graph.training))
+            home.settle()
+        finally:
+            snapshot.restore()
     return found
+
+
+def _run(model: nn.Module, program: Program, training: bool) -> list[Tensor]:
+    if training != model.training:
+        model.train(training)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        out = model(*program.inputs.args, **program.inputs.kwargs)
+    return [t.detach().clone() for t in tensors_in(out)]
 
 
 @dataclass(frozen=True)
