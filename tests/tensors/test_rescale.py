@@ -130,6 +130,29 @@ def test_what_cannot_be_written_to(position: int) -> None:
     assert all((t == 1).all() for t in tensors.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("integers", [True, False])
+def test_a_failure_inside_a_large_tensor(
+    dtype: torch.dtype, integers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rescale, "_SMALL", 0)
+    monkeypatch.setattr("pathlift.tensors.pieces.HOST", 6)
+    tensor = (torch.rand(8, 3) + 0.5).to(dtype)
+    before, calls, real = tensor.clone(), [], rescale._multiply_piece_
+
+    def failing(piece: Tensor, factors: list[Tensor]) -> None:
+        calls.append(piece)
+        if len(calls) == 3:
+            raise MemoryError("injected")
+        real(piece, factors)
+
+    monkeypatch.setattr(rescale, "_multiply_piece_", failing)
+    factors = torch.arange(8.0).double()[:, None] * (1.0 if integers else 0.3)
+    with pytest.raises(MemoryError, match="injected"):
+        rescale_({"x": tensor}, {"x": [factors]})
+    assert len(calls) == 5 and torch.equal(tensor, before)
+
+
 def test_state_follows_and_is_taken_back() -> None:
     parameters = [
         torch.nn.Parameter(torch.rand(4, 3) + 1),

@@ -215,7 +215,8 @@ def multiply_by_(tensor: Tensor, factors: Sequence[Tensor]) -> None:
     """Multiply by every factor in turn, in the factors' dtype, and round once.
 
     A piece that fits the cache is multiplied by all factors before the next one, so that memory is
-    read and written once.
+    read and written once. If a piece fails, those before it are divided again (exact for powers of
+    two that stay in range).
     """
     if not factors or not tensor.numel():
         return
@@ -227,9 +228,20 @@ def multiply_by_(tensor: Tensor, factors: Sequence[Tensor]) -> None:
         _multiply_piece_(tensor, spread)
         return
     rows = max(1, size // max(tensor[:1].numel(), 1))
-    for start in range(0, tensor.shape[0], rows):
-        here = slice(start, start + rows)
-        _multiply_piece_(tensor[here], [f[here] if f.shape[0] > 1 else f for f in spread])
+    pieces = [slice(start, start + rows) for start in range(0, tensor.shape[0], rows)]
+    done = 0
+    try:
+        for here in pieces:
+            _multiply_piece_(tensor[here], [_rows(f, here) for f in spread])
+            done += 1
+    except BaseException:
+        for here in pieces[:done]:
+            _multiply_piece_(tensor[here], [_rows(f, here).reciprocal() for f in spread])
+        raise
+
+
+def _rows(factor: Tensor, here: slice) -> Tensor:
+    return factor[here] if factor.shape[0] > 1 else factor
 
 
 def _multiply_piece_(piece: Tensor, factors: Sequence[Tensor]) -> None:
