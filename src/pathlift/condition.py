@@ -26,7 +26,7 @@ from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
 from pathlift.tensors.state import Optimizers
 from pathlift.timing import timed
-from pathlift.verify import compared, outputs
+from pathlift.verify import Applied, compared, moved_buffers, outputs
 
 
 def condition_(
@@ -82,7 +82,7 @@ def condition_(
     """
     chosen = as_criterion(criterion, reference)
     settings = Settings(chosen, exact, solver, tol, optimizer, verify)
-    return Conditioner(model, example_inputs, batch_norm=batch_norm).apply_(settings)
+    return Conditioner(model, example_inputs, batch_norm=batch_norm)._conditioned(settings)
 
 
 class Conditioner:
@@ -119,11 +119,12 @@ class Conditioner:
         The report's seconds of capture and symmetry stand in the first report only.
         """
         chosen = as_criterion(criterion, reference)
-        return self.apply_(Settings(chosen, exact, solver, tol, optimizer, verify))
+        return self._conditioned(Settings(chosen, exact, solver, tol, optimizer, verify))
 
-    def apply_(self, settings: Settings) -> ConditioningReport:
+    def _conditioned(self, settings: Settings) -> ConditioningReport:
         """:meth:`condition_` with its arguments as one object."""
         self._home.refresh()
+        self.group.check_tensors(self._home.tensors())
         seconds, self._seconds = self._seconds, {}
         return condition_home(self._known, settings, seconds)
 
@@ -173,7 +174,7 @@ def condition_home(
         )
         scales = home.agree(scales)
     with timed(seconds, "verify"):
-        moved = frozenset(n for n in group.parameters if n in program.buffers)
+        moved = moved_buffers(group, program)
         before = outputs(home, program, moved) if settings.verify else None
     with timed(seconds, "apply"):
         undo = home.multiply_(group.factors(scales), extents, settings.optimizer)
@@ -181,16 +182,11 @@ def condition_home(
         change = None
         if before is not None:
             pinned = known.batch_norm == "pinned"
+            exact = settings.exact and pinned
+            # Statistics that move along are exact up to the norm's eps only.
+            slack = 1.0 if pinned else 100.0
             change = compared(
-                home,
-                program,
-                group,
-                scales,
-                before,
-                undo,
-                exact=settings.exact and pinned,
-                # Statistics that move along are exact up to the norm's eps only.
-                tolerance=1.0 if pinned else 100.0,
+                Applied(home, program, group, scales, undo, exact, slack), before
             )
     return summarised(group, assembled, solution, scales, approximated, change, seconds)
 

@@ -8,6 +8,7 @@ Compared is everything that leaves: outputs of any kind, buffers, and tensors le
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pathlift.blame import explained, smallest
 from pathlift.capture.inputs import tensors_in
-from pathlift.capture.program import Inputs, Program
-from pathlift.errors import VerificationError
+from pathlift.capture.program import Inputs, Program, symbols_in
+from pathlift.errors import RangeError, VerificationError
 from pathlift.homes.home import Home
 from pathlift.homes.snapshot import Snapshot
 from pathlift.symmetry.group import RescalingGroup
@@ -34,6 +36,41 @@ TOLERANCES = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Scales of a group that a home's parameters were just multiplied by.
+
+    Attributes:
+        undo: takes them back.
+        exact: whether every bit has to be kept.
+        slack: by how much a relative change may exceed :data:`TOLERANCES` where it is not exact.
+    """
+
+    home: Home
+    program: Program
+    group: RescalingGroup
+    scales: NDArray[Any]
+    undo: Undo
+    exact: bool
+    slack: float = 1.0
+
+    @property
+    def moved(self) -> frozenset[str]:
+        """Buffers that the rescaling moves, which are not compared."""
+        return moved_buffers(self.group, self.program)
+
+    def fails(self, before: Outputs, now: Outputs) -> bool:
+        """Whether what the model shows has changed by more than it may, on any process."""
+        if self.exact:
+            return self.home.worst(largest_change(before, now)) > 0
+        return self.home.worst(excess(before, now, _coarsest(self.program))) > self.slack
+
+
+def moved_buffers(group: RescalingGroup, program: Program) -> frozenset[str]:
+    """Buffers that a group rescales: running statistics in its ``"invariant"`` form."""
+    return frozenset(n for n in group.parameters if n in program.buffers)
 
 
 def outputs(home: Home, program: Program, moved: frozenset[str] = frozenset()) -> Outputs | None:
@@ -93,93 +130,73 @@ def _rolled(inputs: Inputs) -> Inputs:
     return Inputs(args, kwargs)
 
 
-def compared(
-    home: Home,
-    program: Program,
-    group: RescalingGroup,
-    scales: NDArray[Any],
-    before: Outputs,
-    undo: Undo,
-    exact: bool,
-    tolerance: float | None,
-) -> float:
+def compared(applied: Applied, before: Outputs) -> float:
     """The largest change of an output on any process, now that the scales are applied.
 
     Args:
-        before: what the model showed before.
-        undo: takes the scales back; called if anything fails.
-        exact: whether every bit has to be kept.
-        tolerance: multiple of :data:`TOLERANCES` that a relative change may reach where it is not
-            exact; None for no bound.
+        applied: the scales; taken back if anything fails.
+        before: the outputs before.
 
     Raises:
-        VerificationError: the outputs differ by more; the model is as before.
+        VerificationError: the outputs differ by more than they may; the model is as before.
     """
-    moved = frozenset(n for n in group.parameters if n in program.buffers)
-
-    def looked() -> tuple[float, float]:
-        after = outputs(home, program, moved)
-        assert after is not None
-        worst = home.worst(largest_change(before, after))
-        return worst, home.worst(excess(before, after))
-
     try:
-        worst, beyond = looked()
-        fails = worst > 0 if exact else tolerance is not None and beyond > tolerance
+        now = _now(applied)
+        worst = applied.home.worst(largest_change(before, now))
+        fails = applied.fails(before, now)
     except BaseException:
-        undo()
+        applied.undo()
         raise
     if not fails:
         return worst
-    undo()
-    what = "although all scales are powers of two" if exact else (
-        f"{beyond:.3g} times what rounding explains"
-    )
-    blamed = _blamed(home, group, scales, looked, exact, tolerance)
+    applied.undo()
+    why = "all scales are powers of two" if applied.exact else "rounding explains far less"
+    advice = "try a wider dtype, or exact=False" if applied.exact else "try exact=True"
     raise VerificationError(
-        f"the rescaled network's outputs differ by up to {worst:.3g}, {what}. {blamed} The model "
-        f"has been restored. An activation may leave the range of its dtype, or forward may not be "
-        f"deterministic; try a wider dtype" + (", or exact=False." if exact else ".")
+        f"the rescaled network's outputs differ by up to {worst:.3g} although {why}. "
+        f"{_reason(applied, before)} The model has been restored; {advice}."
     )
 
 
-def _blamed(
-    home: Home,
-    group: RescalingGroup,
-    scales: NDArray[Any],
-    looked: Callable[[], tuple[float, float]],
-    exact: bool,
-    tolerance: float | None,
-) -> str:
-    """Halve the scales that are applied while the outputs still differ; who carries the rest."""
+def _now(applied: Applied) -> Outputs:
+    now = outputs(applied.home, applied.program, applied.moved)
+    assert now is not None
+    return now
 
-    def differs(kept: NDArray[np.intp]) -> bool:
+
+def _reason(applied: Applied, before: Outputs) -> str:
+    """Why outputs differ, found by looking again with nothing and with parts of the scales."""
+    home, scales = applied.home, applied.scales
+    again = home.worst(largest_change(before, _now(applied)))
+    if again > 0:
+        return (
+            f"Forward is not deterministic: the unchanged model's outputs differ by up to "
+            f"{again:.3g} from one run to the next."
+        )
+
+    def fails(some: list[int]) -> bool:
         part = np.zeros_like(scales)
-        part[kept] = scales[kept]
-        undo = home.multiply_(group.factors(part))
+        part[some] = scales[some]
         try:
-            worst, beyond = looked()
+            undo = home.multiply_(applied.group.factors(part))
+        except RangeError:
+            return False
+        try:
+            return applied.fails(before, _now(applied))
         finally:
             undo()
-        return worst > 0 if exact else beyond > (tolerance or 1.0)
 
-    kept = np.flatnonzero(scales)
-    if differs(kept[:0]):
-        return "They also differ with no scale applied: forward is not deterministic."
-    while len(kept) > 1:
-        half = len(kept) // 2
-        part = next((p for p in (kept[:half], kept[half:]) if differs(p)), None)
-        if part is None:
-            break
-        kept = part
-    carriers = group.carriers(kept)
-    places = group.places(kept)
+    found = smallest(np.flatnonzero(scales).tolist(), fails)
     return (
-        f"{len(kept)} of {np.count_nonzero(scales)} scales are enough for it, in "
-        f"{', '.join(carriers[:4])}{' …' if len(carriers) > 4 else ''}"
-        + (f", around {', '.join(places[:4])}" if places else "")
-        + ". Please report it with these names: an operation there is described wrongly."
+        f"{explained(applied.group, applied.program, found)} An activation may leave the range of "
+        f"its dtype there, or an operation does not do what it was taken for."
     )
+
+
+def _coarsest(program: Program) -> float:
+    """The tolerance of the narrowest floating-point type that the program computes in."""
+    found = {s.dtype for g in program.graphs for c in g.calls for s in symbols_in(c.outputs)}
+    return max((TOLERANCES[d] for d in found if d in TOLERANCES), default=0.0)
 
 
 def largest_change(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]) -> float:
@@ -187,15 +204,20 @@ def largest_change(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[
     return _over(before, after, _change)
 
 
-def excess(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]) -> float:
-    """The largest change of a floating-point tensor, relative to its size and :data:`TOLERANCES`."""
+def excess(
+    before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]], least: float = 0.0
+) -> float:
+    """The largest change of a floating-point tensor, relative to its size and :data:`TOLERANCES`.
+
+    ``least``: a tolerance that is granted to every tensor.
+    """
 
     def relative(a: Tensor, b: Tensor) -> float:
         if a.dtype not in TOLERANCES or not a.numel():
             return 0.0
         finite = a.isfinite()
         size = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
-        return _change(a, b) / max(size * TOLERANCES[a.dtype], 1e-300)
+        return _change(a, b) / max(size * max(TOLERANCES[a.dtype], least), 1e-300)
 
     return _over(before, after, relative)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import optim
 
-from pathlift.training import optimizers
+from pathlift.tensors import state
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 
@@ -17,13 +17,13 @@ def test_examples() -> None:
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) == 4
-    rules = {c: dict(r) for c, r in optimizers._RULES.items()}
+    rules = {c: dict(r) for c, r in state._RULES.items()}
     try:
         for block in blocks:
             exec(compile(block, "docs/training.md", "exec"), names)
     finally:
-        optimizers._RULES.clear()
-        optimizers._RULES.update(rules)
+        state._RULES.clear()
+        state._RULES.update(rules)
     assert [entry["step"] for entry in names["schedule"].history] == [0, 5, 10, 15]
 
 
@@ -40,8 +40,6 @@ def test_table() -> None:
             found[name] = entries
     for name, entries in found.items():
         if hasattr(optim, name):
-            known = {k: r.power for k, r in optimizers._RULES[getattr(optim, name)].items()}
+            known = {k: r.power for k, r in state._RULES[getattr(optim, name)].items()}
             assert entries == known, name
-    assert {c.__name__ for c in optimizers._RULES if c.__module__.startswith("torch.")} <= set(
-        found
-    )
+    assert {c.__name__ for c in state._RULES if c.__module__.startswith("torch.")} <= set(found)

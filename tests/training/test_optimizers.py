@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import pathlift
 from pathlift.errors import ArgumentError, RangeError
 from pathlift.tensors.rescale import multiply_
+from pathlift.tensors.state import holding_state
 from pathlift.training import declare_state, rescale_average_, state_changes
-from pathlift.training.optimizers import holding_state
 from training.formulas import FORMULAS, History
 
 Optimizers = list[optim.Optimizer]

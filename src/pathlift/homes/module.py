@@ -48,7 +48,7 @@ class ModuleHome:
 
     def extents(self, names: Iterable[str]) -> dict[str, Extent]:
         """The magnitudes of these tensors; integer tensors are left out."""
-        tensors = self._tensors()
+        tensors = self.tensors()
         found = {n: tensors[n] for n in names}
         return extents({n: t for n, t in found.items() if t.is_floating_point()})
 
@@ -79,7 +79,7 @@ class ModuleHome:
         optimizer: Optimizers = None,
     ) -> Undo:
         """See :class:`pathlift.homes.home.Home`."""
-        return rescale_(self._tensors(), factors, optimizer, known)
+        return rescale_(self.tensors(), factors, optimizer, known)
 
     def refresh(self) -> None:
         """Look again at what the module holds, before it is conditioned another time.
@@ -99,7 +99,8 @@ class ModuleHome:
     def settle(self) -> None:
         """Put away what a forward pass has left in memory; here nothing."""
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
         return {**self.buffers, **self.parameters}
 
     def _device(self) -> torch.device:

@@ -91,20 +91,6 @@ class RescalingGroup:
             )
         return np.asarray(self.basis @ scales)
 
-    def carriers(self, which: NDArray[np.intp]) -> list[str]:
-        """Names of the parameters that carry any of the scales numbered ``which``."""
-        touched = np.flatnonzero(abs(self.basis[:, which]).sum(axis=1))
-        return [
-            name
-            for name, spec in self.parameters.items()
-            if any(bool(np.isin(ids.numpy(), touched).any()) for _, ids in spec.terms)
-        ]
-
-    def places(self, which: NDArray[np.intp]) -> list[str]:
-        """The operations that read these parameters, with their modules."""
-        found = [use for name in self.carriers(which) for use in self.parameters[name].uses]
-        return list(dict.fromkeys(found))
-
     def parameter_exponents(self, variables: NDArray[np.float64]) -> dict[str, list[Tensor]]:
         """Name -> log2 factors: small float64 tensors whose broadcast sum is ``E s``.
 

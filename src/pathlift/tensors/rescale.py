@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pathlift.errors import RangeError
+from pathlift.errors import ArgumentError, RangeError
 from pathlift.tensors.extents import Extent, Factors, Joined, extents
 from pathlift.tensors.pieces import entries_at_a_time
 from pathlift.tensors.shards import largest_around, local_factors, local_part
@@ -63,8 +63,11 @@ def rescale_(
 
     Raises:
         RangeError: a tensor would leave the normal range of its dtype.
-        ArgumentError: state of the optimiser whose transformation is not known.
+        ArgumentError: state of the optimiser whose transformation is not known, or an expanded
+            tensor.
     """
+    for name in exponents:
+        _check_memory(name, tensors[name])
     exact = whole(exponents)
     if exact:
         known = known or extents({n: tensors[n] for n in exponents})
@@ -74,6 +77,15 @@ def rescale_(
     targets = [_target(t.data, e, 1, exact) for _, t, e in changes]
     # State may underflow (the momentum of a dead unit), so it is never exact.
     return multiply_all_([*targets, *(_target(t, e, power, False) for t, e, power in states)])
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    if any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ArgumentError(
+            f"'{name}' is expanded: of its {tensor.numel()} entries several share one place in "
+            f"memory (strides {tuple(tensor.stride())}), so they can't be multiplied by factors "
+            f"of their own. Give it memory of its own: .clone()."
+        )
 
 
 def whole(exponents: Mapping[str, Factors]) -> bool:
@@ -203,7 +215,8 @@ def multiply_by_(tensor: Tensor, factors: Sequence[Tensor]) -> None:
     """Multiply by every factor in turn, in the factors' dtype, and round once.
 
     A piece that fits the cache is multiplied by all factors before the next one, so that memory is
-    read and written once.
+    read and written once. If a piece fails, those before it are divided again (exact for powers of
+    two that stay in range).
     """
     if not factors or not tensor.numel():
         return
@@ -215,9 +228,20 @@ def multiply_by_(tensor: Tensor, factors: Sequence[Tensor]) -> None:
         _multiply_piece_(tensor, spread)
         return
     rows = max(1, size // max(tensor[:1].numel(), 1))
-    for start in range(0, tensor.shape[0], rows):
-        here = slice(start, start + rows)
-        _multiply_piece_(tensor[here], [f[here] if f.shape[0] > 1 else f for f in spread])
+    pieces = [slice(start, start + rows) for start in range(0, tensor.shape[0], rows)]
+    done = 0
+    try:
+        for here in pieces:
+            _multiply_piece_(tensor[here], [_rows(f, here) for f in spread])
+            done += 1
+    except BaseException:
+        for here in pieces[:done]:
+            _multiply_piece_(tensor[here], [_rows(f, here).reciprocal() for f in spread])
+        raise
+
+
+def _rows(factor: Tensor, here: slice) -> Tensor:
+    return factor[here] if factor.shape[0] > 1 else factor
 
 
 def _multiply_piece_(piece: Tensor, factors: Sequence[Tensor]) -> None:

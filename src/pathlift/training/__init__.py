@@ -6,25 +6,9 @@ The callbacks need their framework and live in modules of their own:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from pathlift.training.optimizers import declare_state, rescale_average_, state_changes
-
-if TYPE_CHECKING:
-    from pathlift.training.path_sgd import PathSGD
-    from pathlift.training.schedule import Schedule
+from pathlift.tensors.state import declare_state, state_changes
+from pathlift.training.averages import rescale_average_
+from pathlift.training.path_sgd import PathSGD
+from pathlift.training.schedule import Schedule
 
 __all__ = ["PathSGD", "Schedule", "declare_state", "rescale_average_", "state_changes"]
-
-
-def __getattr__(name: str) -> Any:
-    # Late, because apply imports the optimisers' rules and the schedule imports condition_.
-    if name == "Schedule":
-        from pathlift.training.schedule import Schedule
-
-        return Schedule
-    if name == "PathSGD":
-        from pathlift.training.path_sgd import PathSGD
-
-        return PathSGD
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

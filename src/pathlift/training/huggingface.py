@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pathlift.tensors.state import holding_state
 from pathlift.training._examples import device_of, example_from, imported, moved
-from pathlift.training.optimizers import holding_state
 from pathlift.training.schedule import Schedule
 
 if TYPE_CHECKING:  # transformers is optional, for type checking too

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from pathlift.tensors.state import holding_state
 from pathlift.training._examples import example_from, imported
-from pathlift.training.optimizers import holding_state
 from pathlift.training.schedule import Schedule
 
 if TYPE_CHECKING:

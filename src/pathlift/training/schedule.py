@@ -12,7 +12,7 @@ from torch import nn
 from pathlift.condition import Conditioner, condition_
 from pathlift.errors import ArgumentError
 from pathlift.report import ConditioningReport
-from pathlift.training.optimizers import Optimizers
+from pathlift.tensors.state import Optimizers
 
 _UNITS = ("epoch", "step")
 # Keywords of condition_ that a schedule passes on; the optimiser comes with every call.

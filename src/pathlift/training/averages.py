@@ -1,7 +1,4 @@
-"""What belongs to an optimiser and follows the parameters: its state, and averages of weights.
-
-How state moves along given factors is told in :mod:`pathlift.tensors.state`.
-"""
+"""Running averages of weights (SWA, EMA), which follow the weights through a rescaling."""
 
 from __future__ import annotations
 
@@ -13,9 +10,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from pathlift.errors import ArgumentError
 from pathlift.symmetry.group import RescalingGroup
-from pathlift.tensors.state import Optimizers, declare_state, holding_state, state_changes
-
-__all__ = ["Optimizers", "declare_state", "holding_state", "rescale_average_", "state_changes"]
 
 
 def rescale_average_(

@@ -1,0 +1,157 @@
+"""When outputs differ although they should not: the model is as before and the cause is named."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pathlift
+from pathlift.blame import smallest
+from pathlift.verify import largest_change
+
+
+class Clipped(nn.Module):
+    """Three layers; once ``clip`` names hidden channels, they are not homogeneous any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.clip: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        for channel in self.clip:
+            x = torch.cat(
+                (x[:, :channel], x[:, channel:].clamp(max=0.01)[:, :1], x[:, channel + 1 :]), 1
+            )
+        return self.c(torch.relu(self.b(x)))
+
+
+def conditioner() -> tuple[Clipped, pathlift.Conditioner, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Clipped()
+    with torch.no_grad():
+        model.a.weight.abs_()
+        model.a.bias.abs_()
+        model.a.weight.mul_(8 * torch.rand(8, 1) + 1)
+    x = torch.rand(4, 3) + 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    model(x).sum().backward()
+    optimizer.step()
+    return model, pathlift.Conditioner(model, x), optimizer
+
+
+@pytest.mark.parametrize("channels", [[5], [0], [2, 6]])
+def test_the_channel_to_blame_is_named(channels: list[int]) -> None:
+    model, conditioned, optimizer = conditioner()
+    before = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    model.clip = channels
+    with pytest.raises(pathlift.VerificationError) as e:
+        conditioned.condition_(optimizer=optimizer)
+    message = str(e.value)
+    assert re.search(
+        r"Of all scales scale \d alone does: of 'a.weight', 'a.bias', 'b.weight', which pass "
+        r"through relu at ''", message,
+    ), message  # fmt: skip
+    assert "The model has been restored" in message
+    # Which one is said by the group itself.
+    scale = int(re.search(r"scale (\d+) alone", message)[1])
+    rows = conditioned.group.exponents("a.bias")[:, scale]
+    assert [int(k) for k in rows.nonzero()] in [[c] for c in channels]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    for key, values in optimizer.state_dict()["state"].items():
+        assert torch.equal(values["momentum_buffer"], state["state"][key]["momentum_buffer"])
+
+
+def test_a_model_that_draws_its_own_numbers() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x))) * (1 + 0.1 * next(calls))
+
+    calls = itertools.count()
+
+    torch.manual_seed(0)
+    with pytest.raises(pathlift.VerificationError, match="Forward is not deterministic: the unch"):
+        pathlift.condition_(Noisy(), torch.randn(2, 3))
+
+
+def test_an_error_while_looking_restores_the_model() -> None:
+    model, conditioned, _ = conditioner()
+    before = copy.deepcopy(model.state_dict())
+    calls = []
+
+    def hook(*_: object) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("second run")
+
+    model.register_forward_hook(hook)
+    for exact in (True, False):
+        calls.clear()
+        with pytest.raises(RuntimeError, match="second run"):
+            conditioned.condition_(exact=exact)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_the_smallest_set() -> None:
+    names = list(range(100))
+    for guilty in ({17}, {0}, {99}, {3, 4}, {0, 50, 99}, set(range(8))):
+        tried: list[list[int]] = []
+
+        def fails(some: list[int], guilty: set[int] = guilty, tried: list = tried) -> bool:
+            tried.append(some)
+            return guilty <= set(some)
+
+        assert smallest(names, fails, trials=1000) == sorted(guilty)
+        assert len(tried) <= 2 * 7 * len(guilty) + 2 * len(guilty)
+        few = smallest(names, fails, trials=5)
+        assert guilty <= set(few)
+    assert smallest([4], lambda some: True) == [4]
+
+
+def test_change_of_outputs() -> None:
+    nan = float("nan")
+    one = [[torch.tensor([1.0, nan]), torch.tensor([1, 2])], [torch.tensor([True])]]
+    assert largest_change(one, copy.deepcopy(one)) == 0.0
+    other = copy.deepcopy(one)
+    other[0][1][1] = 5
+    assert largest_change(one, other) == 3.0
+    other[0][0][1] = 1.0
+    assert largest_change(one, other) == float("inf")
+    assert largest_change([[]], [[]]) == 0.0
+
+
+def test_what_a_run_leaves_behind_is_put_back() -> None:
+    class Messy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+            self.calls, self.last, self.seen = 0, None, []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen.append(self.calls)
+            self.last = self.b(torch.relu(self.norm(self.a(x))))
+            return self.last
+
+    torch.manual_seed(0)
+    model, x = Messy(), torch.randn(5, 3)
+    conditioned = pathlift.Conditioner(model, x)
+    model.calls, model.last, model.seen = 0, None, []
+    seen, statistics = model.seen, model.norm.running_mean.clone()
+    state = torch.get_rng_state()
+    assert conditioned.condition_().max_output_change == 0.0
+    assert model.calls == 0 and model.last is None and model.seen is seen and seen == []
+    assert torch.equal(model.norm.running_mean, statistics)
+    assert torch.equal(state, torch.get_rng_state())
