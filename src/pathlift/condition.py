@@ -185,9 +185,7 @@ def condition_home(
             exact = settings.exact and pinned
             # Statistics that move along are exact up to the norm's eps only.
             slack = 1.0 if pinned else 100.0
-            change = compared(
-                Applied(home, program, group, scales, undo, exact, slack), before
-            )
+            change = compared(Applied(home, program, group, scales, undo, exact, slack), before)
     return summarised(group, assembled, solution, scales, approximated, change, seconds)
 
 

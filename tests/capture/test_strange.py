@@ -560,9 +560,7 @@ class ExpandedParameter(Base):
         return self.second(self.hidden(x) * self.shift)
 
 
-CASES = [
-    cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, Base)
-]
+CASES = [cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, Base)]
 
 
 def run(model: nn.Module, mode: bool) -> list[Tensor]:
@@ -581,7 +579,9 @@ def run(model: nn.Module, mode: bool) -> list[Tensor]:
             out = sorted(out, key=lambda t: t.shape)
         found += [x, *(t.clone() for t in tensors_in(out))]
         found += [b.clone() for b in model.buffers()]
-        own = {k: v for k, v in vars(model).items() if k[0] != "_" and k not in ("turned", "cached")}
+        own = {
+            k: v for k, v in vars(model).items() if k[0] != "_" and k not in ("turned", "cached")
+        }
         found += [t.clone() for t in tensors_in(own)]
         found += [t.clone() for t in GLOBAL.values()]
     return found

@@ -60,7 +60,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Tensors inside nested containers and objects with attributes or slots, in order, once each."""
+    """Tensors inside nested containers and objects with attributes or slots, each once."""
     found: dict[int, Tensor] = {}
     seen: dict[int, Any] = {}
     _collect(value, found, seen)

@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,8 @@ from pathlift.capture.inputs import as_inputs, describe, doubled, tensors_in
 from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.record import Fakes, Recorder, ValueNeeded, graph_of, module_paths, users_line
-from pathlift.homes.snapshot import Snapshot
 from pathlift.errors import CaptureError
+from pathlift.homes.snapshot import Snapshot
 
 # Modules are changed while they are recorded, and torch's modes are global.
 LOCK = threading.RLock()
@@ -159,9 +158,7 @@ class _Session:
                 f"change tensors only. Keep what counts calls outside forward."
             )
 
-    def _record(
-        self, mode: bool, inputs: Inputs, start: Snapshot, fake: Fakes
-    ) -> Graph:
+    def _record(self, mode: bool, inputs: Inputs, start: Snapshot, fake: Fakes) -> Graph:
         for _ in range(4):  # each round knows more of what a call changes
             self.set_mode(mode)
             try:
@@ -179,9 +176,7 @@ class _Session:
             f"behind than the one before. Keep what lives between calls in buffers."
         )
 
-    def _recording(
-        self, mode: bool, inputs: Inputs, fake: Fakes
-    ) -> tuple[Recorder, Graph]:
+    def _recording(self, mode: bool, inputs: Inputs, fake: Fakes) -> tuple[Recorder, Graph]:
         model = self.model
         recorder = Recorder(
             fake,
@@ -320,4 +315,3 @@ def _fake_for_meta(model: nn.Module) -> Iterator[Fakes]:
     finally:
         for module, name, parameter in places:
             module._parameters[name] = parameter
-

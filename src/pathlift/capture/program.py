@@ -65,9 +65,14 @@ class Call:
         return next(iter(symbols_in(self.outputs)))
 
     @property
+    def label(self) -> str:
+        """The name as messages show it."""
+        return self.name.strip("_")
+
+    @property
     def place(self) -> str:
         """The operation and its module, for messages."""
-        return f"{self.name} at '{self.module}'" if self.module else self.name
+        return f"{self.label} at '{self.module}'" if self.module else self.label
 
     def run(self, /, **replaced: Any) -> Any:
         """The operation itself, with some arguments replaced."""

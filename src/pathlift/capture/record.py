@@ -122,9 +122,7 @@ class Fakes(FakeTensorMode):
     def _should_skip_dynamo(cls) -> bool:
         return False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.dispatch(func, types, args, kwargs or {})
 
 
@@ -151,7 +149,7 @@ class Recorder(TorchDispatchMode):
         parameters: frozenset[int],
         state: frozenset[int],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake, self.known = fake, known
         self.named, self.parameters, self.state = named, parameters, state
         self.calls: list[Call] = []
@@ -403,9 +401,7 @@ class Recorder(TorchDispatchMode):
         if name is not None:
             kind = "parameter" if id(tensor) in self.parameters else "buffer"
             what = f"{kind} '{name}'"
-        known = not (
-            id(tensor) in self.parameters or id(tensor) in self.state or _is_fake(tensor)
-        )
+        known = not (id(tensor) in self.parameters or id(tensor) in self.state or _is_fake(tensor))
         root = Root(external=what, symbolic=not known, known=known)
         if not known:
             root.value = Symbol(tensor.shape, tensor.dtype)
@@ -539,9 +535,7 @@ class Recorder(TorchDispatchMode):
         pick = None
         if isinstance(result, (list, tuple)):
             pick = next(k for k, t in enumerate(result) if t is tensor)
-        others = {
-            k: (None if k == name else _mapped(v, self._read)) for k, v in bound.items()
-        }
+        others = {k: (None if k == name else _mapped(v, self._read)) for k, v in bound.items()}
         step = Step(
             plan.functional,
             plan.name,
@@ -618,7 +612,7 @@ def _unwritten(func: Any, result: Any) -> list[Any]:
 
 def _restored(func: Any, result: Any, bound: dict[str, Any]) -> Any:
     """The result with the tensors that were written as they were given."""
-    given = {}
+    given: dict[str, Any] = {}
     for argument in func._schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
             given.update((name, bound[argument.name]) for name in argument.alias_info.before_set)

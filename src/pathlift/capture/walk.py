@@ -1,4 +1,4 @@
-"""The one walk over a program: binds arguments, dispatches every call, frees what is read no more."""
+"""The one walk over a program: binds arguments, dispatches every call, frees what is done with."""
 
 from __future__ import annotations
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from pathlift.capture.names import preserved
-from pathlift.capture.names import check_model, named_tensors
+from pathlift.capture.names import check_model, named_tensors, preserved
 from pathlift.capture.program import Program
 from pathlift.criteria.protocol import Criterion, Sink
 from pathlift.errors import ArgumentError

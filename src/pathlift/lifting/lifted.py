@@ -23,10 +23,10 @@ from pathlift.capture.program import Call, Graph, Program, Symbol, call, symbols
 from pathlift.capture.walk import walk
 from pathlift.errors import UnsupportedOperationError
 from pathlift.lifting.parameters import DroppedParameters, KeptParameters, rescaled
-from pathlift.tensors.product import Product, dense
 from pathlift.lifting.samples import Statistics
 from pathlift.lifting.values import Lifted, Squares
 from pathlift.operations.table import TABLE, NoPaths, Operation, Undescribed, described
+from pathlift.tensors.product import Product, dense
 
 assert operations  # importing the package fills the table
 
@@ -72,8 +72,8 @@ def lifted_pass(
 
     With ``differentiable`` the result is a function of the model's own parameters, else of the
     leaf tensors in :attr:`LiftedPass.parameters`. ``statistics`` replaces the running statistics of
-    some batch norms (:func:`pathlift.lifting.samples.batch_statistics`). ``store`` says where lifted parameters come from
-    and how long they stay; by default they are all kept.
+    some batch norms (:func:`pathlift.lifting.samples.batch_statistics`). ``store`` says where
+    lifted parameters come from and how long they stay; by default they are all kept.
 
     Raises:
         UnsupportedOperationError: ``strict`` and the graph has an operation without paths.
@@ -168,9 +168,9 @@ class _SquaredReading:
         read = list(symbols_in(call.arguments))
         root = self.views.get(read[0]) if len(read) == 1 else None
         if root is not None:
-            made = list(symbols_in(call.outputs))
-            self.views.update((s, root) for s in made)
-            self.alive[root] += len(made)
+            views = list(symbols_in(call.outputs))
+            self.views.update((s, root) for s in views)
+            self.alive[root] += len(views)
 
     def _stand_in(self, call: Call, arguments: dict[str, Any]) -> list[Any]:
         """An operation without paths: its first activation where shapes agree, else its mean.
@@ -182,7 +182,7 @@ class _SquaredReading:
         noted = False
         for output in call.outputs:
             several = output if isinstance(output, list) else [output]
-            made = []
+            made: list[Any] = []
             for symbol in several:
                 if symbol is None or not symbol.shape.numel():
                     made.append(None)
@@ -225,9 +225,7 @@ def _constants(context: Squares, one: Call, arguments: dict[str, Any]) -> list[A
     return [context.placed(v) for v in values]
 
 
-def _per_sample(
-    entry: Operation, context: Squares, call: Call, arguments: dict[str, Any]
-) -> Any:
+def _per_sample(entry: Operation, context: Squares, call: Call, arguments: dict[str, Any]) -> Any:
     """Run on one sample where all samples are equal by construction (stride 0)."""
     reading: Any = entry.squares
     shape = call.shape
@@ -399,7 +397,10 @@ def _reused(program: Program, training: bool, name: str) -> bool:
         if len(calls) > 1:
             return True
         chain += [
-            s for c in calls if len(list(symbols_in(c.arguments))) == 1 for s in symbols_in(c.outputs)
+            s
+            for c in calls
+            if len(list(symbols_in(c.arguments))) == 1
+            for s in symbols_in(c.outputs)
         ]
     return False
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathlift.capture.inputs import as_inputs, tensors_in
-from pathlift.capture.names import preserved
-from pathlift.capture.names import check_model, named_tensors
+from pathlift.capture.names import check_model, named_tensors, preserved
 from pathlift.errors import ArgumentError
 
 Parameters = dict[str, Tensor]

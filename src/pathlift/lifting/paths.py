@@ -277,9 +277,7 @@ class _Tables:
         context.node = call
         values = list(_leaves(arguments))
         if not any(isinstance(v, Table) for v in values):
-            return [
-                [UNKNOWN] * len(o) if isinstance(o, list) else UNKNOWN for o in call.outputs
-            ]
+            return [[UNKNOWN] * len(o) if isinstance(o, list) else UNKNOWN for o in call.outputs]
         entry = TABLE.get(call.name)
         if entry is None:
             raise context.refuse("the operation is not known")

@@ -55,7 +55,9 @@ class Unknown:
 UNKNOWN = Unknown()
 
 
-def sorted_table(shape: Sequence[int], owner: Indices, coefficient: Array, entries: Indices) -> Table:
+def sorted_table(
+    shape: Sequence[int], owner: Indices, coefficient: Array, entries: Indices
+) -> Table:
     order = np.argsort(owner, kind="stable")
     return Table(tuple(shape), owner[order], coefficient[order], entries[order])
 
@@ -125,7 +127,7 @@ class Listing:
         if count / self.batch <= self.max_paths:
             return
         raise PathliftError(
-            f"{count / self.batch:,.0f} paths end in the output of '{self.node.name}' "
+            f"{count / self.batch:,.0f} paths end in the output of '{self.node.label}' "
             f"(in module '{self.node.module}'), more than max_paths={self.max_paths:,}; the "
             f"whole model has about {self.total()}. Listing is for small networks: use "
             f"path_norm and path_kernel_diagonal, which list nothing, or raise max_paths."
@@ -133,7 +135,7 @@ class Listing:
 
     def refuse(self, reason: str) -> UnsupportedOperationError:
         return UnsupportedOperationError(
-            f"paths can't be listed through '{self.node.name}' "
+            f"paths can't be listed through '{self.node.label}' "
             f"(in module '{self.node.module}'): {reason}. Supported: linear maps, "
             f"convolutions, ReLU and its kin, pooling, sums, products, shape operations and batch "
             f"norm with running statistics."
@@ -196,7 +198,9 @@ class Listing:
         parts = [self.expanded(t, shape) for t in (left, right)]
         self.check(float(sum(len(t.owner) for t in parts)))
         both = stacked(parts)
-        return sorted_table(shape, both.owner % max(math.prod(shape), 1), both.coefficient, both.entries)
+        return sorted_table(
+            shape, both.owner % max(math.prod(shape), 1), both.coefficient, both.entries
+        )
 
     def product(self, left: Table, right: Table) -> Table:
         """Element-wise product with broadcasting."""

@@ -88,13 +88,13 @@ class Squares:
         call = self.node
         if self.strict:
             raise UnsupportedOperationError(
-                f"the path lifting is not defined for '{call.name}' "
+                f"the path lifting is not defined for '{call.label}' "
                 f"(in module '{call.module}'): it is not piecewise linear in the "
                 f"network's input. Supported: linear maps, convolutions, ReLU and its kin, "
                 f"pooling, batch norm with running statistics, sums and products. Use "
                 f"criterion='weight-norm', or condition_, which uses a stand-in and says so."
             )
-        self.approximated[call.name] = self.approximated.get(call.name, 0) + 1
+        self.approximated[call.label] = self.approximated.get(call.label, 0) + 1
 
     def aligned(self, values: Sequence[Any]) -> tuple[list[Tensor], float]:
         """Tensors over one common shift."""

@@ -124,9 +124,7 @@ def _sum(first: int, second: int, alpha_of: str) -> Operation:
         a, b = factors(alpha)
         # A statistic plus a positive constant is one; a difference is not.
         positive = not isinstance(alpha, complex) and a > 0 and b > 0
-        parts = [
-            times(_as_number(c, v), abs(f) ** c.p if f else 0.0) for v, f in ((x, a), (y, b))
-        ]
+        parts = [times(_as_number(c, v), abs(f) ** c.p if f else 0.0) for v, f in ((x, a), (y, b))]
         return total(c, call, parts, as_numbers=positive)
 
     def listing(c: Listing, call: Call, x: Any, y: Any, alpha: Any = 1) -> Table:

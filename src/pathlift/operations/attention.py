@@ -17,7 +17,7 @@ from pathlift.lifting.values import Lifted, Squares
 from pathlift.operations.contraction import contraction
 from pathlift.operations.gains import lifted
 from pathlift.operations.kinds import smooth
-from pathlift.operations.table import NoPaths, Operation, define
+from pathlift.operations.table import NoPaths, Operation, Undescribed, define
 from pathlift.symmetry.scales import Form, Value, compact
 
 _SOFTMAX = NoPaths("its weights come out of a softmax, which is not piecewise linear")

@@ -27,7 +27,7 @@ NOT_LINEAR = NoPaths("it is not piecewise linear in the network's input")
 
 
 def plain(value: Any) -> Any:
-    """A lifted activation or table as what an operation's other arguments may ask of it: a shape."""
+    """A lifted activation as what other arguments may ask of it: a shape."""
     return value.tensor if isinstance(value, Lifted) else value
 
 
@@ -58,12 +58,14 @@ def _moves_scales(inf: Any, call: Call, x: Value, **others: Any) -> Any:
         raise Undescribed
     outputs = list(symbols_in(call.outputs))
     if x.zero:
-        made = [Value(s.shape, Form(s.shape), zero=True) for s in outputs]
-        return made if call.several else made[0]
+        zeros = [Value(s.shape, Form(s.shape), zero=True) for s in outputs]
+        return zeros if call.several else zeros[0]
     form = inf.form(x)
     parts = [_pieces(call, ids) for _, ids in form.terms]
     made = [
-        Form(s.shape, tuple((c, p[k]) for (c, _), p in zip(form.terms, parts, strict=True)), form.why)
+        Form(
+            s.shape, tuple((c, p[k]) for (c, _), p in zip(form.terms, parts, strict=True)), form.why
+        )
         for k, s in enumerate(outputs)
     ]
     return made if call.several else made[0]
@@ -125,6 +127,4 @@ def _degree_zero_scales(inf: Any, call: Call, x: Value, **_: Any) -> Any:
     return inf.fixed(call.shape)
 
 
-degree_zero = Operation(
-    _degree_zero_scales, NOT_LINEAR, NOT_LINEAR, changes_dtype=True
-)
+degree_zero = Operation(_degree_zero_scales, NOT_LINEAR, NOT_LINEAR, changes_dtype=True)

@@ -33,6 +33,12 @@ def is_batch_norm(call: Call) -> bool:
     return arguments.get("running_mean") is not None and "use_input_stats" not in arguments
 
 
+def epsilon(call: Call) -> float:
+    """``eps`` of a norm, whichever way its schema calls it."""
+    found = call.arguments.get("eps", call.arguments.get("epsilon"))
+    return 1e-5 if found is None else float(found)
+
+
 # ------------------------------------------------------------------------------- scales
 
 

@@ -26,9 +26,7 @@ def _tied(inf: Any, x: Value, dim: int, shape: torch.Size) -> Any:
     return inf.tie(inf.form(x), dims).expand(shape)
 
 
-def _rows(
-    c: Listing, x: Table, shape: Sequence[int], dim: int, running: bool = False
-) -> Table:
+def _rows(c: Listing, x: Table, shape: Sequence[int], dim: int, running: bool = False) -> Table:
     """Along ``dim``, every place takes the paths of all places (``running``: of those up to it)."""
     if not x.shape:
         return x.reshaped(tuple(shape))
@@ -85,7 +83,12 @@ def _topk_squares(
 
 
 def _topk_listing(
-    c: Listing, call: Call, x: Table, k: int, dim: int = -1, largest: bool = True,
+    c: Listing,
+    call: Call,
+    x: Table,
+    k: int,
+    dim: int = -1,
+    largest: bool = True,
     sorted: bool = True,
 ) -> Table:
     return _rows(c, x, call.shape, dim)

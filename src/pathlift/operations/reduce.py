@@ -70,9 +70,7 @@ def window(c: Squares, x: Lifted, dim: Any, keepdim: bool, averaged: bool = Fals
     return normalised(Lifted(summed(x.tensor, dims, keepdim, count**-c.p), x.shift, gain))
 
 
-def listed(
-    c: Listing, x: Table, dim: Any, shape: Sequence[int], averaged: bool = False
-) -> Table:
+def listed(c: Listing, x: Table, dim: Any, shape: Sequence[int], averaged: bool = False) -> Table:
     """The paths of everything that is reduced to one element."""
     dims = dims_of(len(x.shape), dim)
     kept = [1 if d in dims else n for d, n in enumerate(x.shape)]
@@ -263,21 +261,36 @@ def _norm_listing(c: Listing, call: Call, x: Table, order: Any, dim: Any) -> Tab
 
 
 def _vector_norm_scales(
-    inf: Any, call: Call, x: Value, ord: Any = 2, dim: Any = None, keepdim: Any = False,
+    inf: Any,
+    call: Call,
+    x: Value,
+    ord: Any = 2,
+    dim: Any = None,
+    keepdim: Any = False,
     dtype: Any = None,
 ) -> Any:
     return _norm_scales(inf, call, x, ord, dim)
 
 
 def _vector_norm_squares(
-    c: Squares, call: Call, x: Lifted, ord: Any = 2, dim: Any = None, keepdim: Any = False,
+    c: Squares,
+    call: Call,
+    x: Lifted,
+    ord: Any = 2,
+    dim: Any = None,
+    keepdim: Any = False,
     dtype: Any = None,
 ) -> Lifted:
     return _norm_squares(c, x, ord, dim, keepdim)
 
 
 def _vector_norm_listing(
-    c: Listing, call: Call, x: Table, ord: Any = 2, dim: Any = None, keepdim: Any = False,
+    c: Listing,
+    call: Call,
+    x: Table,
+    ord: Any = 2,
+    dim: Any = None,
+    keepdim: Any = False,
     dtype: Any = None,
 ) -> Table:
     return _norm_listing(c, call, x, ord, dim)
@@ -290,21 +303,36 @@ define(
 
 
 def _old_norm_scales(
-    inf: Any, call: Call, x: Value, p: Any = 2, dim: Any = None, keepdim: Any = False,
+    inf: Any,
+    call: Call,
+    x: Value,
+    p: Any = 2,
+    dim: Any = None,
+    keepdim: Any = False,
     dtype: Any = None,
 ) -> Any:
     return _norm_scales(inf, call, x, 2 if p is None else p, dim)
 
 
 def _old_norm_squares(
-    c: Squares, call: Call, x: Lifted, p: Any = 2, dim: Any = None, keepdim: Any = False,
+    c: Squares,
+    call: Call,
+    x: Lifted,
+    p: Any = 2,
+    dim: Any = None,
+    keepdim: Any = False,
     dtype: Any = None,
 ) -> Lifted:
     return _norm_squares(c, x, 2 if p is None else p, dim, keepdim)
 
 
 def _old_norm_listing(
-    c: Listing, call: Call, x: Table, p: Any = 2, dim: Any = None, keepdim: Any = False,
+    c: Listing,
+    call: Call,
+    x: Table,
+    p: Any = 2,
+    dim: Any = None,
+    keepdim: Any = False,
     dtype: Any = None,
 ) -> Table:
     return _norm_listing(c, call, x, 2 if p is None else p, dim)

@@ -25,6 +25,7 @@ from pathlift.tensors.rescale import rescale_
 # From this many entries on it pays to look for those that span the others.
 _LARGE = 10_000
 
+
 @dataclass(frozen=True)
 class ParameterScales:
     """How one parameter is rescaled.

@@ -128,10 +128,13 @@ class Inference:
             result = entry.scales(self, call, **described(entry.scales, call, arguments))
             return self._outputs(call, result)
         except Undescribed:
-            self.pin_all(call.name, values)
+            self.pin_all(call.label, values)
             return [
-                [self.fixed(s.shape, self._here()) for s in o] if isinstance(o, list) else
-                None if o is None else self.fixed(o.shape, self._here())
+                [self.fixed(s.shape, self._here()) for s in o]
+                if isinstance(o, list)
+                else None
+                if o is None
+                else self.fixed(o.shape, self._here())
                 for o in call.outputs
             ]
 
@@ -362,6 +365,7 @@ class Inference:
             raise Undescribed
         flat = [g.reshape(-1).numpy() for g in grids]
         self.equations.add([c for c, _ in terms], flat, self._here())
+
 
 def running_statistics(program: Program) -> list[str]:
     """Buffers that only batch norms read, as running mean or variance."""
