@@ -25,7 +25,7 @@ from pathlift.capture import (
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, VerificationError
 from pathlift.extents import Extent, extent_bounds, extents
-from pathlift.report import ConditioningReport
+from pathlift.report import ConditioningReport, moves_of
 from pathlift.solve import Operator, Solution, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.integer import round_scales
@@ -241,6 +241,7 @@ def summarised(
         seconds=seconds,
         passes=solution.matvecs,
         reduced_bytes=sum(b.matrix.nbytes for b in assembled.problem.blocks),
+        moves=moves_of(group, scales),
     )
 
 

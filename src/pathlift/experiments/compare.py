@@ -185,7 +185,8 @@ def verdict(setting: dict[str, Any], name: str) -> str:
     elif quick[0] > 1:
         speed = f"the target in {_fold(value)} fewer epochs"
     elif quick[1] < 1:
-        speed = f"the target in {_fold(1 / value if value else float('inf'))} more epochs"
+        more = f"the target in {_fold(1 / value)} more epochs" if value else ""
+        speed = more or "the target is never reached, as the baseline's is"
     else:
         speed = "no difference in epochs to the target that these seeds can show"
     return f"{LABELS.get(name, name)}: {final}; {speed}"
