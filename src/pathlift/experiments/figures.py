@@ -88,7 +88,7 @@ def figure(draw: Draw, size: tuple[float, float] = SIZE) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            "plots need matplotlib. Run: pip install 'pathlift[demo]'."
+            "plots need matplotlib. Run: pip install 'pathlift[plots]'."
         ) from error
     with rc_context({"font.size": 11, "legend.fontsize": 9.5, "axes.labelsize": 11}):
         made = Figure(figsize=size, layout="constrained")
