@@ -6,6 +6,7 @@ import copy
 
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 
 import pathlift
 
@@ -13,7 +14,7 @@ import pathlift
 def main() -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)
-    optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.01, momentum=0.9)
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.01, momentum=0.9)
     images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
 
     def step() -> float:

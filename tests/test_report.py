@@ -145,6 +145,7 @@ def test_pictures(found: Any) -> None:
     left, right = report.plot().axes
     assert [t.get_text() for t in left.get_yticklabels()] == [row.name for row in report.table()]
     assert right.get_title() == "diagonal of the path kernel"
+    assert report.plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     bare = pathlift.condition_(network(), X)
     assert len(bare.plot().axes) == 1
     (axes,) = group.plot().axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +32,16 @@ def _figure(width: float, height: float) -> Any:
         raise MissingDependencyError(
             "plots need matplotlib. Run: pip install 'pathlift[plots]'."
         ) from error
-    made = Figure(figsize=(width, height), layout="constrained")
+
+    class Shown(Figure):
+        """Shows itself in a notebook, also where pyplot was never imported."""
+
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png", dpi=100)
+            return buffer.getvalue()
+
+    made = Shown(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
     return made
 
