@@ -7,6 +7,7 @@ conditioning has something to do. Prints the loss with and without.
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ import pathlift
 def autoencoder() -> nn.Sequential:
     widths = (64, 128, 32, 8, 32, 128, 64)
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -98,11 +98,12 @@ def test_links() -> None:
     """Every relative link of README and the documentation leads to a file."""
     pages = [ROOT / p for p in PAGES] + [*ROOT.glob("docs/api/*.md"), ROOT / "CONTRIBUTING.md"]
     pages += [ROOT / "examples" / "README.md"]
-    broken = []
-    for page in pages:
-        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            if "://" not in link and not (page.parent / link).exists():
-                broken.append(f"{page.name}: {link}")
+    broken = [
+        f"{page.name}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        if "://" not in link and not (page.parent / link).exists()
+    ]
     assert not broken
 
 

@@ -139,11 +139,15 @@ def conclusion(comparison: Comparison) -> str:
         word = "reached a higher final loss than the baseline"
     else:
         word = "made no difference to the final loss that these seeds can show"
+    reached = (
+        f"Median epochs to a loss of {TARGET:g}: {_count(epochs[1])} against {_count(epochs[0])}."
+    )
+    if not any(np.isfinite(epochs)):
+        reached = f"Neither side reached a loss of {TARGET:g}."
     return (
         f"Each side at its own best rate ({RATES[best[0]]:g} and {RATES[best[1]]:g}): conditioning "
         f"{word}: {final[1].mean():.4f} against {final[0].mean():.4f} of the variance, paired "
-        f"difference {difference.mean():+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]. Median "
-        f"epochs to a loss of {TARGET:g}: {_count(epochs[1])} against {_count(epochs[0])}."
+        f"difference {difference.mean():+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]. {reached}"
     )
 
 

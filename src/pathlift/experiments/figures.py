@@ -44,7 +44,8 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 td { white-space: nowrap; }
 td:first-child { white-space: normal; min-width: 5.5rem; }
 @media (max-width: 640px) { table { font-size: 0.8rem; } th, td { padding: 0.3rem 0.35rem; }
-  td .interval { display: block; } td:first-child, th:first-child { max-width: 6.5rem; } }
+  td .interval { display: block; } td:first-child, th:first-child { min-width: 0;
+  max-width: 6.5rem; } }
 code { background: #f2f2f2; padding: 0.1em 0.3em; overflow-wrap: anywhere; }
 @media print { body { margin: 0; max-width: none; font-size: 11pt; } img { max-width: 12cm; }
   .wide { overflow: visible; } table { font-size: 7pt; } th, td { padding: 0.15rem 0.3rem; }
