@@ -36,7 +36,7 @@ class Lines:
         if self._bar is None:
             self._bar = tqdm(
                 total=step.total,
-                unit=step.unit if step.unit == "B" else f" {step.unit}",
+                unit=step.unit,
                 unit_scale=step.unit == "B",
                 file=sys.stderr,
                 dynamic_ncols=True,

@@ -95,6 +95,7 @@ def compare(seeds: int, epochs: int, progress: Progress = print) -> Comparison:
     count = len(starts) * len(RATES)
     progress(f"training {count} autoencoders for {epochs} epochs")
     loss = []
+    progress(Step(f"0 of {count} runs trained", 0, count, "runs"))
     for k, rate in enumerate(RATES):
         order = list(range(seeds)) * len(METHODS)
         curves = train_autoencoders(starts, order, [rate] * len(starts), data, epochs=epochs)

@@ -180,6 +180,7 @@ def sweep(
             )
             tasks = (joblib.delayed(run or run_job)(job, place or Place()) for job in jobs)
             done = 0
+            progress(Step(f"0 of {len(missing)} cells trained", 0, len(missing), "cells"))
             for rows in pool(tasks):
                 for row in rows:
                     store.write(row.pop("key"), row)
