@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test zoo bench reproduce clean
+.PHONY: demo test zoo bench reproduce docs dist clean
 
 demo: .venv/installed
 	$(BIN)/pathlift demo
@@ -26,6 +26,16 @@ bench: .venv/installed
 reproduce: .venv/installed
 	$(BIN)/pathlift reproduce all --small -o docs/reproduced
 
+# The site, into site/index.html.
+docs: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
+
+# A wheel and a source distribution, into dist/.
+dist: .venv/installed
+	$(BIN)/python -m pip install -q build
+	$(BIN)/python -m build --outdir dist .
+
 # torch comes first and pinned, so that no dependency draws another build of it; the model zoos and
 # the training frameworks come without dependencies, because theirs would.
 .venv/installed: pyproject.toml constraints.txt
@@ -39,4 +49,4 @@ reproduce: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-output dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

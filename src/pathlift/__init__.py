@@ -6,10 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlift import (  # noqa: F401
+        absorption,
+        checkpoint,
+        criteria,
+        errors,
+        experiments,
+        lifting,
+        plots,
+        solve,
+        streaming,
+        symmetry,
+        theory,
+        training,
+    )
     from pathlift.condition import Conditioner, condition_
     from pathlift.errors import (
         ArgumentError,
         CaptureError,
+        CheckpointError,
         MissingDependencyError,
         PathliftError,
         RangeError,
@@ -32,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CaptureError",
+    "CheckpointError",
     "Conditioner",
     "ConditioningReport",
     "MissingDependencyError",
@@ -68,7 +84,10 @@ _HOMES = {
     "symmetry.group": ("RescalingGroup", "rescaling_group"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBMODULES = ("criteria", "experiments", "lifting", "solve", "symmetry", "theory", "training")
+_SUBMODULES = (
+    *("absorption", "checkpoint", "criteria", "errors", "experiments", "lifting"),
+    *("plots", "solve", "streaming", "symmetry", "theory", "training"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError
 from pathlift.homes.home import Home
 from pathlift.homes.sharded import home_of
-from pathlift.report import ConditioningReport
+from pathlift.report import ConditioningReport, moves_of
 from pathlift.solve import Operator, Solution, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
@@ -273,4 +273,5 @@ def summarised(
         seconds=seconds,
         passes=solution.matvecs,
         reduced_bytes=sum(b.matrix.nbytes for b in assembled.problem.blocks),
+        moves=moves_of(group, scales),
     )

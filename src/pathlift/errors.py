@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -13,10 +14,19 @@ class ArgumentError(PathliftError, ValueError):
     """An argument has the wrong type, shape or value."""
 
 
+def closest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean …?`` for a name near to known ones; empty if none is."""
+    found = difflib.get_close_matches(name, list(known), n=2, cutoff=0.7)
+    return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
 def unknown(what: str, name: object, known: Iterable[str], more: str = "") -> ArgumentError:
     """The error for a name that is not among the known ones; ``more``: what else may be given."""
+    known = list(known)
     names = ", ".join(map(repr, known))
-    return ArgumentError(f"{what} {name!r} is unknown. Supported: {names}{more}.")
+    return ArgumentError(
+        f"{what} {name!r} is unknown. Supported: {names}{more}.{closest(str(name), known)}"
+    )
 
 
 class CaptureError(PathliftError):

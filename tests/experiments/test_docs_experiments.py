@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pathlift.cli import _parser
+from pathlift.cli.run import parser
 from pathlift.experiments.architectures import build
 from pathlift.experiments.data import DATA_SETS, Data
 from pathlift.experiments.methods import METHODS
@@ -21,7 +21,7 @@ def test_commands() -> None:
     lines = [line for line in TEXT.splitlines() if line.startswith("pathlift ")]
     assert len(lines) == 4
     for line in lines:
-        _parser().parse_args(shlex.split(line)[1:])
+        parser().parse_args(shlex.split(line)[1:])
 
 
 def test_values_of_options() -> None:

@@ -37,8 +37,8 @@ def test_vectorised_training_equals_a_plain_loop() -> None:
 
 
 def test_the_demo_writes_one_page(tmp_path: Path) -> None:
-    page = main(tmp_path, quick=True, progress=lambda text: None)
-    text = page.read_text()
+    found = main(tmp_path, quick=True, progress=lambda text: None)
+    text = Path(found["data"]["page"]).read_text()
     assert text.count("data:image/svg+xml;base64,") == 2
     assert "http" not in text.replace("http-equiv", "")
     assert text.count("<td>identical") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -142,7 +143,8 @@ def test_a_dask_cluster_loses_a_worker_and_no_cell(tmp_path: Path) -> None:
     ) as cluster:
 
         def kill_once(text: str) -> None:
-            if not killed and "trained" in text:  # in the middle: something is done, more is not
+            # In the middle: something is done, more is not.
+            if not killed and re.match("[1-9].* trained", text):
                 pids = {int(p.name.split("-")[1]) for p in notes.iterdir()}
                 killed.append(sorted(pids)[-1])
                 os.kill(killed[0], signal.SIGKILL)

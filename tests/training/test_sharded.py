@@ -139,7 +139,9 @@ def test_without_processes_nothing_is_sharded() -> None:
 
 def test_the_script_of_the_docs(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
-    (script,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    (script,) = re.findall(
+        r"^```python title=\"train.py\"\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL
+    )
     (tmp_path / "train.py").write_text(script)
     assert "torchrun --nproc-per-node 2 train.py" in text
     done = subprocess.run(

@@ -33,6 +33,7 @@ from pathlift.experiments.summary import (
     table_rows,
 )
 from pathlift.experiments.sweep import add_place_arguments, grid, place_of, sweep
+from pathlift.text import columns
 
 LABELS = {name: method.label for name, method in METHODS.items()}
 Progress = Callable[[str], object]
@@ -101,7 +102,7 @@ def run(args: Any, progress: Progress) -> dict[str, Any]:
     found = write(rows, args.output, target, command(args))
     return {
         "data": {"page": str(args.output / "index.html"), "settings": plain(found)},
-        "text": f"{text(found)}\n\nThe page is {args.output / 'index.html'}",
+        "text": lambda width: f"{text(found, width)}\n\nThe page is {args.output / 'index.html'}",
     }
 
 
@@ -152,22 +153,17 @@ def _target(text: str) -> Target:
     return Target(metric, _number(value, "--target"))
 
 
-def text(found: Sequence[dict[str, Any]]) -> str:
-    """The main tables as plain text."""
+def text(found: Sequence[dict[str, Any]], width: int | None = None) -> str:
+    """The main tables as plain text, in so many columns of characters (None: as many as needed)."""
     parts = []
     for setting in found:
-        lines = [HEADINGS, *table_rows(setting, LABELS)]
-        widths = [max(len(row[k]) for row in lines) for k in range(len(HEADINGS))]
         head = (
             f"{setting['architecture']} on {setting['data']}, {setting['optimizer']}: "
             f"{setting['seeds']} seeds, {setting['epochs']} epochs; "
             f"target {setting['target']['text']}"
         )
-        table = [
-            "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(cells))
-            for cells in (list(zip(row, widths, strict=True)) for row in lines)
-        ]
-        parts.append("\n".join([head, *(row.rstrip() for row in table)]))
+        table = columns([HEADINGS, *table_rows(setting, LABELS)], width)
+        parts.append(f"{head}\n{table}")
     return "\n\n".join(parts)
 
 
@@ -189,7 +185,8 @@ def verdict(setting: dict[str, Any], name: str) -> str:
     elif quick[0] > 1:
         speed = f"the target in {_fold(value)} fewer epochs"
     elif quick[1] < 1:
-        speed = f"the target in {_fold(1 / value if value else float('inf'))} more epochs"
+        more = f"the target in {_fold(1 / value)} more epochs" if value else ""
+        speed = more or "the target is never reached, as the baseline's is"
     else:
         speed = "no difference in epochs to the target that these seeds can show"
     return f"{LABELS.get(name, name)}: {final}; {speed}"
@@ -211,7 +208,10 @@ def draw_curves(setting: Setting, metric: str = "loss") -> figures.Draw:
             label = f"{LABELS.get(name, name)}, rate {setting.rates[best]:g}"
             shown = ~np.isnan(values).any(0)
             low, middle, high = np.percentile(values[:, shown], [25, 50, 75], axis=0)
-            axes.plot(x[shown], middle, label=label, **figures.line(k))
+            marker = figures.MARKERS[k % len(figures.MARKERS)]
+            every = (k, max(1, int(shown.sum()) // 6))  # set off, so that none hides another
+            style = {**figures.line(k), "marker": marker, "markevery": every, "markersize": 4}
+            axes.plot(x[shown], middle, label=label, **style)
             axes.fill_between(
                 x[shown], low, high, color=figures.line(k)["color"], alpha=0.2, linewidth=0
             )
@@ -277,13 +277,16 @@ def draw_speeds(setting: dict[str, Any]) -> figures.Draw:
         shown = [
             (LABELS.get(n, n), e["epochs_ratio"], e["epochs_ratio_interval"])
             for n, e in list(setting["methods"].items())[1:]
-            if np.isfinite(e["epochs_ratio"]) and e["epochs_ratio"] > 0
         ]
         for k, (_, value, interval) in enumerate(shown):
-            colour = figures.line(k + 1)["color"]
+            style = figures.line(k + 1)
+            if not np.isfinite(value) or not value:
+                axes.text(1, k, f"  {_never(value)}", va="center", color=style["color"])
+                continue
             if interval is not None and np.isfinite(interval[1]):
-                axes.plot(interval, [k, k], color=colour, linewidth=3, alpha=0.5)
-            axes.plot([value], [k], "o", color=colour)
+                axes.plot(interval, [k, k], color=style["color"], linewidth=3, alpha=0.5)
+            marker = figures.MARKERS[(k + 1) % len(figures.MARKERS)]
+            axes.plot([value], [k], marker, color=style["color"])
         axes.axvline(1, color="#555", linewidth=1)
         axes.set_yticks(range(len(shown)), [n for n, _, _ in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
@@ -292,7 +295,23 @@ def draw_speeds(setting: dict[str, Any]) -> figures.Draw:
     return draw
 
 
-_EXPLAIN = f"""<p><em>Own best rate</em>: every method has the learning rate that suits it best,
+def _never(value: float) -> str:
+    """What a ratio of epochs without a finite value means."""
+    if np.isnan(value):
+        return "never, nor does the baseline"
+    return "never" if value == 0 else "the baseline never"
+
+
+def _reordered(cells: Sequence[str]) -> list[str]:
+    """Cells of the main table with what matters first, so that it is seen without scrolling."""
+    return [cells[HEADINGS.index(h)] for h in _FIRST] + [
+        c for h, c in zip(HEADINGS, cells, strict=True) if h not in _FIRST
+    ]
+
+
+_FIRST = ("method", "fewer epochs [95%]", "difference [95%]", "epochs", "final loss", "best rate")
+_EXPLAIN = f"""<p>{figures.PATH_KERNEL}</p>
+<p><em>Own best rate</em>: every method has the learning rate that suits it best,
 chosen for the lowest mean final loss over seeds (in its column) and for the fewest median epochs
 to the target (in its columns); an asterisk marks a rate at the edge of the grid. Brackets are
 {LEVEL}% bootstrap intervals over paired seeds; every draw of seeds chooses the best rates anew.
@@ -335,7 +354,7 @@ def _section(setting: Setting, found: dict[str, Any]) -> str:
 and initial weights paired. Target: training {html.escape(target)}.</p>
 <ul>{sentences}</ul>
 <h3>Each method at its own best rate</h3>
-{figures.table(HEADINGS, table_rows(found, LABELS))}
+{figures.table(_reordered(HEADINGS), map(_reordered, table_rows(found, LABELS)))}
 {figures.embed(draw_curves(setting), "Training loss against epochs, own best rates")}
 <p>Training loss, each method at its own best rate: median over seeds, band between quartiles.</p>
 {figures.embed(draw_rates(setting), "Final training loss against learning rate")}

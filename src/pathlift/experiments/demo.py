@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import html
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,18 @@ from torch import Tensor, nn
 
 import pathlift
 from pathlift.experiments import figures
-from pathlift.experiments.architectures import autoencoder, randomise_norms_, resnet18
+from pathlift.experiments.architectures import autoencoder, resnet18
 from pathlift.experiments.data import digits
 from pathlift.experiments.training import Curves, train_autoencoders
+from pathlift.progress import Progress, Step
 
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 METHODS = ("baseline", "conditioned")
 COLOURS = {"baseline": "#D55E00", "conditioned": "#0072B2"}  # told apart by the colour-blind
 TARGET = 0.3
+NETWORK_HEADINGS = (
+    *("network", "imbalance", "outputs", "scales", "parameters", "certificate", "seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,54 +44,87 @@ class Comparison:
         return Curves(self.loss[method, rate]).epochs_to(TARGET)
 
 
-def main(output: Path, quick: bool = False, progress: Callable[[str], object] = print) -> Path:
-    """Run the demo and write ``index.html`` into ``output``; returns its path."""
+def main(output: Path, quick: bool = False, progress: Progress = print) -> dict[str, Any]:
+    """Run the demo and write ``index.html`` into ``output``.
+
+    Returns:
+        ``data``: page, networks and losses, ready for JSON; ``text``: the same to read.
+    """
     output.mkdir(parents=True, exist_ok=True)
     progress("conditioning a ResNet-18 and an autoencoder")
     torch.manual_seed(0)
-    residual = resnet18()
-    randomise_norms_(residual)
     table = [
-        ("ResNet-18 (3x32x32)", *_condition_and_check(residual, torch.randn(2, 3, 32, 32))),
+        ("ResNet-18 (3x32x32)", *_condition_and_check(resnet18(), torch.randn(2, 3, 32, 32))),
         (
             "autoencoder 64-128-32-8-32-128-64",
             *_condition_and_check(autoencoder(), torch.randn(2, 64)),
         ),
     ]
-    for name, report, identical in table:
-        print(f"{name}\n{report}")
-        print(f"checked      outputs {'identical' if identical else 'DIFFERENT'}, eval and train\n")
     seeds, epochs = (2, 10) if quick else (5, 60)
-    progress(f"training {2 * len(RATES) * seeds} autoencoders for {epochs} epochs")
-    comparison = compare(seeds, epochs)
+    comparison = compare(seeds, epochs, progress)
     verdict = conclusion(comparison)
-    print(verdict)
     page = output / "index.html"
     page.write_text(_page(table, comparison, verdict, quick), encoding="utf-8")
-    return page.resolve()
+    reports = [
+        f"{name}\n{report}\n"
+        f"checked      outputs {'identical' if identical else 'DIFFERENT'}, eval and train"
+        for name, report, identical in table
+    ]
+    return {
+        "data": {
+            "page": str(page.resolve()),
+            "networks": {name: {**r.to_dict(), "identical": same} for name, r, same in table},
+            "comparison": _numbers(comparison),
+            "conclusion": verdict,
+        },
+        "text": "\n\n".join([*reports, verdict, f"The page is {page.resolve()}"]),
+    }
 
 
-def compare(seeds: int, epochs: int) -> Comparison:
-    """Train the digits autoencoder with and without conditioning, all rates and seeds at once."""
+def compare(seeds: int, epochs: int, progress: Progress = print) -> Comparison:
+    """Train the digits autoencoder with and without conditioning, all seeds of a rate at once."""
     data = digits()
-    models: list[nn.Module] = []
-    orders: list[int] = []
-    rates: list[float] = []
-    starts = []
+    plain: list[nn.Module] = []
     for seed in range(seeds):
         torch.manual_seed(seed)
-        plain = autoencoder()
-        conditioned = copy.deepcopy(plain)
-        pathlift.condition_(conditioned, data[:2])
-        starts.append((plain, conditioned))
-    for method in range(len(METHODS)):
-        for rate in RATES:
-            for seed in range(seeds):
-                models.append(starts[seed][method])
-                orders.append(seed)
-                rates.append(rate)
-    curves = train_autoencoders(models, orders, rates, data, epochs=epochs)
-    return Comparison(curves.loss.reshape(len(METHODS), len(RATES), seeds, epochs))
+        plain.append(autoencoder())
+    conditioned = [copy.deepcopy(model) for model in plain]
+    for model in conditioned:
+        pathlift.condition_(model, data[:2])
+    starts = [*plain, *conditioned]
+    count = len(starts) * len(RATES)
+    progress(f"training {count} autoencoders for {epochs} epochs")
+    loss = []
+    progress(Step(f"0 of {count} runs trained", 0, count, "runs"))
+    for k, rate in enumerate(RATES):
+        order = list(range(seeds)) * len(METHODS)
+        curves = train_autoencoders(starts, order, [rate] * len(starts), data, epochs=epochs)
+        loss.append(curves.loss.reshape(len(METHODS), seeds, epochs))
+        done = len(starts) * (k + 1)
+        progress(Step(f"{done} of {count} runs trained", done, count, "runs"))
+    return Comparison(torch.stack(loss, 1))
+
+
+def _numbers(comparison: Comparison) -> dict[str, Any]:
+    """Final losses and epochs to the target, (rates, seeds) each; None where there is none."""
+
+    def listed(values: Tensor) -> list[list[float | None]]:
+        return [[float(v) if math.isfinite(v) else None for v in row] for row in values.tolist()]
+
+    return {
+        "rates": list(RATES),
+        "target": TARGET,
+        "methods": {
+            name: {
+                "best_rate": RATES[comparison.best_rate(m)],
+                "final_loss": listed(comparison.loss[m, :, :, -1]),
+                "epochs_to_target": listed(
+                    torch.stack([comparison.epochs(m, k) for k in range(len(RATES))])
+                ),
+            }
+            for m, name in enumerate(METHODS)
+        },
+    }
 
 
 def conclusion(comparison: Comparison) -> str:
@@ -103,11 +140,15 @@ def conclusion(comparison: Comparison) -> str:
         word = "reached a higher final loss than the baseline"
     else:
         word = "made no difference to the final loss that these seeds can show"
+    reached = (
+        f"Median epochs to a loss of {TARGET:g}: {_count(epochs[1])} against {_count(epochs[0])}."
+    )
+    if not any(np.isfinite(epochs)):
+        reached = f"Neither side reached a loss of {TARGET:g}."
     return (
         f"Each side at its own best rate ({RATES[best[0]]:g} and {RATES[best[1]]:g}): conditioning "
         f"{word}: {final[1].mean():.4f} against {final[0].mean():.4f} of the variance, paired "
-        f"difference {difference.mean():+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]. Median "
-        f"epochs to a loss of {TARGET:g}: {_count(epochs[1])} against {_count(epochs[0])}."
+        f"difference {difference.mean():+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]. {reached}"
     )
 
 
@@ -134,7 +175,7 @@ def _interval(values: Any, draws: int = 2000) -> tuple[float, float]:
 
 
 def _count(epochs: float) -> str:
-    return f"{epochs:g}" if np.isfinite(epochs) else "not reached"
+    return f"{epochs:g}" if np.isfinite(epochs) else "never"
 
 
 def _page(table: list[Any], comparison: Comparison, verdict: str, quick: bool) -> str:
@@ -145,7 +186,9 @@ def _page(table: list[Any], comparison: Comparison, verdict: str, quick: bool) -
             best = comparison.best_rate(m)
             loss = comparison.loss[m, best].numpy()
             label = f"{method}, rate {RATES[best]:g}"
-            axes.plot(epochs, np.median(loss, 0), color=COLOURS[method], label=label)
+            every = (m, max(1, len(epochs) // 6))
+            style = {**figures.line(m), "color": COLOURS[method], "marker": figures.MARKERS[m]}
+            axes.plot(epochs, np.median(loss, 0), label=label, markevery=every, **style)
             axes.fill_between(epochs, loss.min(0), loss.max(0), color=COLOURS[method], alpha=0.2)
         axes.set(xlabel="epoch", ylabel="share of variance unexplained", yscale="log")
         axes.legend(frameon=False)
@@ -156,7 +199,8 @@ def _page(table: list[Any], comparison: Comparison, verdict: str, quick: bool) -
             finite = np.where(np.isfinite(loss), loss, np.nan)
             axes.plot(RATES, finite, ".", color=COLOURS[method], alpha=0.5)
             shown = np.where(np.isfinite(loss).all(1), loss.mean(1), np.nan)
-            axes.plot(RATES, shown, color=COLOURS[method], label=method)
+            marker = figures.MARKERS[m]
+            axes.plot(RATES, shown, color=COLOURS[method], marker=marker, label=method)
         axes.set(
             xlabel="learning rate",
             ylabel="final share of variance unexplained",
@@ -165,28 +209,42 @@ def _page(table: list[Any], comparison: Comparison, verdict: str, quick: bool) -
         )
         axes.legend(frameon=False)
 
-    networks = "".join(
-        f"<tr><td>{html.escape(name)}<td>{r.num_parameters:,}<td>{r.num_scales:,}"
-        f"<td>{r.imbalance_before:.3f}<td>{r.imbalance_after:.3f}<td>{r.gradient_norm:.0e}"
-        f"<td>{sum(r.seconds.values()):.2f}<td>{'identical' if same else 'different'}"
-        for name, r, same in table
+    networks = figures.table(
+        NETWORK_HEADINGS,
+        [
+            (
+                name,
+                f"{r.imbalance_before:.3f} \u2192 {r.imbalance_after:.3f}",
+                "identical" if same else "different",
+                f"{r.num_scales:,}",
+                f"{r.num_parameters:,}",
+                f"{r.gradient_norm:.0e}",
+                f"{sum(r.seconds.values()):.2f}",
+            )
+            for name, r, same in table
+        ],
     )
-    rows = ""
+    rows = []
     for k, rate in enumerate(RATES):
-        cells = []
-        for m in range(2):
-            final = comparison.loss[m, k, :, -1].numpy()
-            cells.append(f"{final.mean():.4f}" if np.isfinite(final).all() else "diverged")
-            cells.append(_count(float(comparison.epochs(m, k).median())))
-        rows += f"<tr><td>{rate:g}<td>" + "<td>".join([cells[0], cells[2], cells[1], cells[3]])
+        final = [comparison.loss[m, k, :, -1].numpy() for m in range(2)]
+        told = [f"{v.mean():.4f}" if np.isfinite(v).all() else "diverged" for v in final]
+        reached = [_count(float(comparison.epochs(m, k).median())) for m in range(2)]
+        rows.append((f"{rate:g}", *told, *reached))
     seeds = comparison.loss.shape[2]
+    rate_headings = (
+        *("rate", "loss, baseline", "loss, conditioned"),
+        *("epochs, baseline", "epochs, conditioned"),
+    )
     command = "pathlift demo" + (" --quick" if quick else "")
     body = f"""<h1>Same function, better start</h1>
 <p>pathlift rescales the weights of a ReLU network by powers of two. The outputs keep every bit;
-the path kernel moves towards a multiple of the identity. <em>Imbalance</em> is
-log(arithmetic mean / geometric mean) of its diagonal, per parameter: 0 is perfect balance.</p>
-<div class="wide"><table><tr><th>network<th>parameters<th>scales<th>imbalance before<th>after
-<th>certificate<th>seconds<th>outputs (eval and train)</tr>{networks}</table></div>
+the path kernel moves towards a multiple of the identity. {figures.PATH_KERNEL}
+<em>Imbalance</em> is log(arithmetic mean / geometric mean) of its diagonal, per parameter: 0 is
+perfect balance.</p>
+{networks}
+<p>Both networks are as constructed, with random weights. Outputs are compared in eval and in train
+mode. <em>Certificate</em>: the largest derivative of the objective at its optimum, per
+parameter.</p>
 <h2>Does training gain?</h2>
 <p>{html.escape(verdict)}</p>
 <p>Digits autoencoder 64-128-32-8-32-128-64, PyTorch's default initialisation, SGD without
@@ -197,7 +255,7 @@ error over the data's variance, averaged over the batches of an epoch.</p>
 {figures.embed(sensitivity, "Final training loss against learning rate for both methods")}
 <p>Final loss against the learning rate: dots are seeds, lines their mean; rates at which a run
 diverged are left out of the line.</p>
-<div class="wide"><table><tr><th>rate<th>final loss, baseline<th>conditioned
-<th>epochs to {TARGET:g}, baseline<th>conditioned</tr>{rows}</table></div>
+{figures.table(rate_headings, rows)}
+<p>Mean final loss, and median epochs to a loss of {TARGET:g}, at equal rates.</p>
 <p>Made by <code>{command}</code>, pathlift {pathlift.__version__}.</p>"""
     return figures.page("pathlift: same function, better start", body)

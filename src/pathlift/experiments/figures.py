@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,13 @@ COLOURS = (
 )
 DASHES = ("-", "-", "--", "-.", ":", "--", "-.", ":", "-")
 MARKERS = "osD^vPX*<"
+_INTERVAL = re.compile(r"\[[^\]]*\]")
 SIZE = (4.8, 3.7)  # inches
+
+# One sentence for every page.
+PATH_KERNEL = """A path runs from an input (or a bias) to an output and weighs the product of the
+parameters along it; the path kernel is the matrix of inner products between the gradients of these
+weights, so it says how fast a gradient step moves each path, and which paths move together."""
 
 Draw = Callable[[Any], None]
 
@@ -35,6 +42,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: right; padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 td { white-space: nowrap; }
+td:first-child { white-space: normal; min-width: 5.5rem; }
+@media (max-width: 640px) { table { font-size: 0.8rem; } th, td { padding: 0.3rem 0.35rem; }
+  td .interval { display: block; } td:first-child, th:first-child { min-width: 0;
+  max-width: 6.5rem; } }
 code { background: #f2f2f2; padding: 0.1em 0.3em; overflow-wrap: anywhere; }
 @media print { body { margin: 0; max-width: none; font-size: 11pt; } img { max-width: 12cm; }
   .wide { overflow: visible; } table { font-size: 7pt; } th, td { padding: 0.15rem 0.3rem; }
@@ -78,7 +89,7 @@ def figure(draw: Draw, size: tuple[float, float] = SIZE) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            "plots need matplotlib. Run: pip install 'pathlift[demo]'."
+            "plots need matplotlib. Run: pip install 'pathlift[plots]'."
         ) from error
     with rc_context({"font.size": 11, "legend.fontsize": 9.5, "axes.labelsize": 11}):
         made = Figure(figsize=size, layout="constrained")
@@ -118,10 +129,13 @@ def save(draw: Draw, path: Path, size: tuple[float, float] = SIZE) -> None:
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """An HTML table that scrolls sideways where it is too wide."""
     head = "".join(f"<th>{html.escape(h)}" for h in headings)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(text: str) -> str:
+    """Escaped; an interval in brackets goes below on narrow screens."""
+    return _INTERVAL.sub(r'<span class="interval">\g<0></span>', html.escape(text))
 
 
 def page(title: str, body: str) -> str:

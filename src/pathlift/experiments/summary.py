@@ -363,4 +363,6 @@ def table_rows(found: dict[str, Any], labels: dict[str, str]) -> Iterable[tuple[
 
 
 def _times(value: float) -> str:
+    if not value:
+        return "never"  # the method does not arrive, the baseline does
     return "-" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:.2f}x"

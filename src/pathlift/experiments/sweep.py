@@ -25,6 +25,7 @@ from pathlift.experiments.methods import Start, method_named, start
 from pathlift.experiments.optional import need
 from pathlift.experiments.store import Row, Store
 from pathlift.experiments.training import Curves, Recondition, epoch_seconds, train
+from pathlift.progress import Step
 
 _FORMAT = 1  # changes when a cell's row means something else
 _JOB_CELLS = 64
@@ -179,11 +180,14 @@ def sweep(
             )
             tasks = (joblib.delayed(run or run_job)(job, place or Place()) for job in jobs)
             done = 0
+            progress(Step(f"0 of {len(missing)} cells trained", 0, len(missing), "cells"))
             for rows in pool(tasks):
                 for row in rows:
                     store.write(row.pop("key"), row)
                 done += len(rows)
-                progress(f"{done} of {len(missing)} cells trained")
+                progress(
+                    Step(f"{done} of {len(missing)} cells trained", done, len(missing), "cells")
+                )
     return store.read([cell.key for cell in cells])
 
 
@@ -222,7 +226,7 @@ def _engine(processes: int, dask: str | None) -> Iterator[None]:
         )
     try:
         with (
-            distributed.Client(cluster, set_as_default=True) as client,
+            distributed.Client(cluster, set_as_default=True, timeout=5) as client,
             joblib.parallel_config(backend="dask", client=client, wait_for_workers_timeout=60),
         ):
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor, nn
 
+from pathlift import plots
 from pathlift.capture.model import capture
 from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Program
@@ -188,6 +190,14 @@ class RescalingGroup:
         for operation, count in self.unsupported.items():
             lines.append(f"  not homogeneous or not known: {operation} ({count} calls)")
         return "\n".join(lines)
+
+    def plot(self) -> Any:
+        """A matplotlib figure: which channels share a scale, what is pinned and by whom.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        return plots.plot_group(self)
 
     def why_pinned(self, name: str) -> dict[int, str]:
         """Dimension -> what pins it, for the dimensions of a parameter that carry no scale."""

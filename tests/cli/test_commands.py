@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -82,46 +83,55 @@ def test_code_in_a_checkpoint_is_refused(
 ) -> None:
     path = tmp_path / "evil.pt"
     path.write_bytes(pickle.dumps(Evil()))
-    assert main(["norms", spec, "--weights", str(path), "--input", "1,4"]) == 1
+    assert main(["norms", spec, "--weights", str(path), "--input", "1,4"]) == 2
     assert "running code from a checkpoint is refused" in capsys.readouterr().err
 
 
 def test_a_failed_write_leaves_the_old_file(
-    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"old")
 
     def fail(*_: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        main(["condition", spec, "--input", "2,4", "-o", str(out)])
+    assert main(["condition", spec, "--input", "2,4", "-o", str(out)]) == 1
+    assert capsys.readouterr().err.endswith(
+        "pathlift: error: No space left on device. Free some space, or write elsewhere.\n"
+    )
     assert out.read_bytes() == b"old" and not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, message, code",
     [
-        (["norms", "nothing", "--input", "1,4"], "'nothing' is not a model."),
-        (["norms", "no_such_module_x:f", "--input", "1,4"], "can't be imported"),
-        (["norms", "missing.py:f", "--input", "1,4"], "there is no file 'missing.py'"),
-        (["norms", "SPEC", "--input", "1,x"], "--input '1,x' is not SHAPE[:DTYPE]."),
-        (["norms", "SPEC", "--input", "1,4:int7"], "--input '1,4:int7' is not SHAPE[:DTYPE]."),
-        (["norms", "SPEC", "--input", "1,5"], "can't be captured in train mode"),
-        (["norms", "NUMBER", "--input", "1,4"], "must return a torch.nn.Module"),
-        (["norms", "ABSENT", "--input", "1,4"], "has no callable 'absent'"),
-        (["norms", "SPEC", "--input", "1,4", "--weights", "w.npz"], "there is no weights file"),
-        (["condition", "SPEC", "--input", "1,4", "-o", "out.pt"], "must end in .safetensors"),
-        (["condition", "SPEC", "--input", "1,4", "-o", "no/o.safetensors"], "there is no folder"),
+        (["norms", "nothing", "--input", "1,4"], "'nothing' is not a model.", 2),
+        (["norms", "no_such_module_x:f", "--input", "1,4"], "can't be imported", 1),
+        (["norms", "missing.py:f", "--input", "1,4"], "there is no file 'missing.py'", 2),
+        (["norms", "SPEC", "--input", "1,x"], "--input '1,x' is not SHAPE[:DTYPE].", 2),
+        (["norms", "SPEC", "--input", "1,4:int7"], "--input '1,4:int7' is not SHAPE[:DTYPE].", 2),
+        (["norms", "SPEC", "--input", "1,5"], "can't be captured in train mode", 3),
+        (["norms", "NUMBER", "--input", "1,4"], "must return a torch.nn.Module", 2),
+        (["norms", "ABSENT", "--input", "1,4"], "has no callable 'absent'", 2),
+        (["norms", "SPEC", "--input", "1,4", "--weights", "w.npz"], "there is no weights file", 2),
+        (["condition", "SPEC", "--input", "1,4", "-o", "out.pt"], "must end in .safetensors", 2),
+        (
+            ["condition", "SPEC", "--input", "1,4", "-o", "no/o.safetensors"],
+            "there is no folder",
+            2,
+        ),
     ],
 )
 def test_messages(
-    spec: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    spec: str, arguments: list[str], message: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for word, name in (("SPEC", "build"), ("NUMBER", "number"), ("ABSENT", "absent")):
         arguments = [spec.replace("build", name) if a == word else a for a in arguments]
-    assert main(arguments) == 1
+    assert main(arguments) == code
     error = capsys.readouterr().err
     assert "pathlift: error: " in error and message in error

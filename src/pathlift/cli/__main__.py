@@ -1,0 +1,9 @@
+"""``python -m pathlift.cli``."""
+
+from __future__ import annotations
+
+import sys
+
+from pathlift.cli.run import main
+
+sys.exit(main())
