@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import pathlift
-from pathlift.criteria import Criterion, fisher, given
+from pathlift.criteria import Criterion, fisher
+from pathlift.criteria.protocol import given
 from pathlift.errors import UnsupportedOperationError, unknown
 from pathlift.experiments.architectures import mlp
 from pathlift.experiments.data import Data
