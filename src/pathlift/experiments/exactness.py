@@ -10,8 +10,7 @@ import numpy as np
 
 from pathlift.experiments import figures
 from pathlift.experiments.compare import LABELS
-from pathlift.experiments.store import Store
-from pathlift.experiments.study import Result, Run, Study, Table, run_study
+from pathlift.experiments.study import Result, Run, Study, Table, run_study, stored
 from pathlift.experiments.summary import (
     Interval,
     Runs,
@@ -21,7 +20,6 @@ from pathlift.experiments.summary import (
     number,
     settings_of,
 )
-from pathlift.experiments.sweep import sweep
 
 NONE, EXACT, CONTINUOUS, ENORM = "baseline", "path", "path-continuous", "enorm-continuous"
 FOUR = (NONE, EXACT, CONTINUOUS, ENORM)
@@ -242,16 +240,4 @@ def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
         [(f"{name}-decision", caption), *(f for r in results for f in r.figures)],
         [table(comparisons), *(t for r in results for t in r.tables)],
         decide(comparisons),
-    )
-
-
-def stored(study: Study, run: Run) -> list[dict[str, Any]]:
-    """A study's rows, trained where they are missing."""
-    return sweep(
-        study.cells(),
-        Store(run.output / ".cells"),
-        place=run.place,
-        processes=run.processes,
-        dask=run.dask,
-        progress=run.progress,
     )

@@ -231,9 +231,12 @@ def main(args: Any, progress: Progress) -> dict[str, Any]:
 
 
 def write(name: str, small: bool, run: Run) -> Result:
-    """Run an experiment; write its figures, ``NAME.csv`` and ``NAME.md``."""
+    """Run an experiment; write its figures, ``NAME.csv``, ``NAME.md`` and its cells, packed."""
     experiment = EXPERIMENTS[name]
     result = experiment.run(name, small, run)
+    cells = [c.key for study in experiment.studies(small).values() for c in study.cells()]
+    if cells:
+        run.store().pack(cells, run.output / f"{name}.cells.parquet")
     for k, table in enumerate(result.tables):
         path = run.output / f"{name}{'' if k == 0 else f'-{k + 1}'}.csv"
         path.write_text(_csv(table), encoding="utf-8", newline="")

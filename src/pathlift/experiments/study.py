@@ -19,7 +19,7 @@ from pathlift.experiments.compare import (
     equal_loss,
     verdict,
 )
-from pathlift.experiments.store import Store
+from pathlift.experiments.store import Row, Store
 from pathlift.experiments.summary import (
     HEADINGS,
     Setting,
@@ -61,6 +61,10 @@ class Run:
     processes: int = 1
     dask: str | None = None
     progress: Progress = print
+
+    def store(self) -> Store:
+        """Finished cells: those of this machine, and those that were packed before."""
+        return Store(self.output / ".cells", sorted(self.output.glob("*.cells.parquet")))
 
 
 @dataclass(frozen=True)
@@ -114,15 +118,20 @@ class Experiment:
     studies: Callable[[bool], dict[str, Study]] = field(default=lambda small: {})
 
 
-def run_study(name: str, study: Study, run: Run) -> Result:
-    rows = sweep(
+def stored(study: Study, run: Run) -> list[Row]:
+    """A study's rows, trained where they are missing."""
+    return sweep(
         study.cells(),
-        Store(run.output / ".cells"),
+        run.store(),
         place=run.place,
         processes=run.processes,
         dask=run.dask,
         progress=run.progress,
     )
+
+
+def run_study(name: str, study: Study, run: Run) -> Result:
+    rows = stored(study, run)
     settings = {s.architecture: s for s in settings_of(rows)}
     ordered = [(x, settings[a]) for x, a in sorted(study.family.items())]
     targets = [study.target or default_target(s) for _, s in ordered]
