@@ -78,6 +78,7 @@ def test_the_experiments_are_there() -> None:
         "resnet",
         "autoencoder",
         "exact",
+        "when",
         "scales",
         "cost",
     ]

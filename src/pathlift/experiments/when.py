@@ -1,0 +1,155 @@
+"""When does conditioning help? One table of all settings that were measured, as JSON.
+
+A *gain* is the share by which a method's final training loss is below the baseline's: at each
+method's own best rate, at the baseline's best rate, and at the smallest rate of the grid.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pathlift.experiments.architectures import widths_of
+from pathlift.experiments.compare import LABELS
+from pathlift.experiments.exactness import CONTINUOUS, NONE, fine, rate_of
+from pathlift.experiments.exactness import studies as decided
+from pathlift.experiments.study import Result, Run, Study, Table, stored
+from pathlift.experiments.summary import Interval, Setting, difference, plain, settings_of
+from pathlift.experiments.sweep import Cell
+
+FILE = "when.json"
+
+
+def _study(architecture: str, optimizer: str, rates: list[float], **settings: Any) -> Study:
+    given = {
+        "methods": (NONE, CONTINUOUS, *(("path-root",) if optimizer != "sgd" else ())),
+        "data": ("digits",),
+        "optimizers": (optimizer,),
+        "rates": rates,
+        "seeds": range(5),
+        "epochs": 20,
+        **settings,
+    }
+    return Study("network", {1.0: architecture}, given, None, 1.0)
+
+
+def contrasts() -> dict[str, Study]:
+    """Networks beside those of the decision: equal widths, batch norms, convolutions, AdamW."""
+    code = {"data": ("digits-pixelwise",), "epochs": 40}
+    kaiming = {"initialization": "kaiming-normal"}
+    return {
+        "-equal-sgd": _study("mlp:64-64-64", "sgd", fine(0.667, 2, 2)),
+        "-equal-adam": _study("mlp:64-64-64", "adam", fine(0.0036, 2, 2)),
+        "-wide-middle-sgd": _study("mlp:16-256-16", "sgd", fine(0.667, 2, 2)),
+        "-norm-equal": _study("mlp:64-64-64-64-64-64", "sgd", fine(0.3, 2, 2), norm=True),
+        "-norm-bottleneck": _study("mlp:256-16-256", "sgd", fine(0.3, 2, 2), norm=True),
+        "-narrow-code": _study("autoencoder:128-32-2", "sgd", fine(1, 2, 2), **code),
+        "-autoencoder-adamw": _study("autoencoder:128-32-8", "adamw", fine(0.0036, 2, 2), **code),
+        "-convolutional": _study("convolutional:8", "sgd", fine(0.1, 2, 2), **kaiming),
+    }
+
+
+def studies(small: bool) -> dict[str, Study]:
+    """Those of the decision (small: the digits' alone) and the contrasts."""
+    return {**decided(small), **contrasts()}
+
+
+def entry(setting: Setting, cell: Cell) -> dict[str, Any]:
+    """What is known of a setting, before training and after."""
+    widths = widths_of(cell.architecture)
+    base = setting.runs[NONE]
+    return {
+        "architecture": setting.architecture,
+        "data": setting.data,
+        "optimizer": setting.optimizer,
+        "batch_norm": cell.norm,
+        "parameters": setting.parameters,
+        "epochs": setting.epochs,
+        "seeds": len(setting.seeds),
+        "rates": setting.rates,
+        "width_ratio": max(widths) / min(widths),
+        "imbalance_before": float(base.imbalance.mean()),
+        "baseline_rate": rate_of(setting, NONE),
+        "methods": {n: _method(setting, n) for n in setting.runs if n != NONE},
+    }
+
+
+def _method(setting: Setting, name: str) -> dict[str, Any]:
+    base = setting.rates.index(rate_of(setting, NONE))
+    every = range(len(setting.rates))
+    own = rate_of(setting, name)
+    return {
+        "label": LABELS[name],
+        "imbalance_after": float(setting.runs[name].imbalance.mean()),
+        "rate": own,
+        "rate_ratio": own / rate_of(setting, NONE),
+        "own_best_rates": _gain(setting, name, every),
+        "baseline_best_rate": _gain(setting, name, [base]),
+        "smallest_rate": _gain(setting, name, [0]),
+    }
+
+
+def _gain(setting: Setting, name: str, rates: Sequence[int]) -> dict[str, Any]:
+    """The share of the baseline's loss that the method gains, with its interval and its sign."""
+    final = [setting.runs[n].loss[list(rates), :, -1] for n in (name, NONE)]
+    value, interval = difference(final[0], final[1])
+    unit = float(final[1].mean(1).min())
+    share: Interval = None
+    sign = 0
+    if interval is not None and math.isfinite(unit):
+        share = (-interval[1] / unit, -interval[0] / unit)
+        sign = 1 if share[0] > 0 else -1 if share[1] < 0 else 0
+    return {"gain": -value / unit, "interval": share, "sign": sign}
+
+
+def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
+    """Gather every study's setting; write ``when.json``."""
+    entries = []
+    for study in chosen.values():
+        cell = study.cells()[0]
+        entries += [entry(s, cell) for s in settings_of(stored(study, run))]
+    text = json.dumps(plain(entries), indent=1)
+    (run.output / FILE).write_text(text + "\n", encoding="utf-8")
+    return Result([], [_table(entries)], _sentences(entries))
+
+
+def _table(entries: Sequence[dict[str, Any]]) -> Table:
+    head = (
+        *("network", "data", "optimizer", "width ratio", "method", "imbalance"),
+        *("best rate / baseline's", "gain, own best rates", "at the baseline's best"),
+        "at the smallest rate",
+    )
+    lines: list[Sequence[str]] = []
+    for e in entries:
+        network = e["architecture"] + (", batch norm" if e["batch_norm"] else "")
+        for m in e["methods"].values():
+            gains = [m[k] for k in ("own_best_rates", "baseline_best_rate", "smallest_rate")]
+            imbalance = f"{e['imbalance_before']:.3f} → {m['imbalance_after']:.3f}"
+            front = (network, e["data"], e["optimizer"], f"{e['width_ratio']:g}", m["label"])
+            lines.append((*front, imbalance, f"{m['rate_ratio']:.2g}", *map(_shown, gains)))
+    return Table(head, lines)
+
+
+def _shown(gain: dict[str, Any]) -> str:
+    if not math.isfinite(gain["gain"]):
+        return "diverged"
+    interval = gain["interval"]
+    span = "" if interval is None else f" [{interval[0]:+.0%}, {interval[1]:+.0%}]"
+    return f"{gain['gain']:+.0%}{span}"
+
+
+def _sentences(entries: Sequence[dict[str, Any]]) -> list[str]:
+    found = []
+    for e in entries:
+        m = e["methods"][CONTINUOUS]
+        gain = m["own_best_rates"]
+        what = {1: "a gain", 0: "no difference shown", -1: "a loss"}[gain["sign"]]
+        norm = ", batch norm" if e["batch_norm"] else ""
+        found.append(
+            f"{e['architecture']} on {e['data']}, {e['optimizer']}{norm}, continuous: {what} at "
+            f"own best rates ({_shown(gain)}); imbalance {e['imbalance_before']:.3f} to "
+            f"{m['imbalance_after']:.3f}, best rate {m['rate_ratio']:.2g} times the baseline's."
+        )
+    return found
