@@ -20,11 +20,12 @@ from pathlift.experiments.summary import Interval, Setting, difference, plain, s
 from pathlift.experiments.sweep import Cell
 
 FILE = "when.json"
+FIRST = ("path-root", "path-first")  # first powers in place of squares, for Adam's steps
 
 
 def _study(architecture: str, optimizer: str, rates: list[float], **settings: Any) -> Study:
     given = {
-        "methods": (NONE, CONTINUOUS, *(("path-root",) if optimizer != "sgd" else ())),
+        "methods": (NONE, CONTINUOUS, *(FIRST if optimizer != "sgd" else ())),
         "data": ("digits",),
         "optimizers": (optimizer,),
         "rates": rates,
@@ -36,18 +37,20 @@ def _study(architecture: str, optimizer: str, rates: list[float], **settings: An
 
 
 def contrasts() -> dict[str, Study]:
-    """Networks beside those of the decision: equal widths, batch norms, convolutions, AdamW."""
+    """Beside those of the decision: equal widths, norms, convolutions, Adam's own criteria."""
     code = {"data": ("digits-pixelwise",), "epochs": 40}
     kaiming = {"initialization": "kaiming-normal"}
     return {
         "-equal-sgd": _study("mlp:64-64-64", "sgd", fine(0.667, 2, 2)),
-        "-equal-adam": _study("mlp:64-64-64", "adam", fine(0.0036, 2, 2)),
-        "-wide-middle-sgd": _study("mlp:16-256-16", "sgd", fine(0.667, 2, 2)),
         "-norm-equal": _study("mlp:64-64-64-64-64-64", "sgd", fine(0.3, 2, 2), norm=True),
         "-norm-bottleneck": _study("mlp:256-16-256", "sgd", fine(0.3, 2, 2), norm=True),
+        "-classifier-adam": _study("mlp:256-16-256", "adam", fine(0.0081, 2, 2)),
+        "-autoencoder-adam": _study("autoencoder:128-32-8", "adam", fine(0.0054, 2, 2), **code),
+        "-autoencoder-adamw": _study("autoencoder:128-32-8", "adamw", fine(0.0054, 2, 2), **code),
         "-narrow-code": _study("autoencoder:128-32-2", "sgd", fine(1, 2, 2), **code),
-        "-autoencoder-adamw": _study("autoencoder:128-32-8", "adamw", fine(0.0036, 2, 2), **code),
+        "-wide-middle": _study("mlp:16-256-16", "sgd", fine(0.667, 2, 2)),
         "-convolutional": _study("convolutional:8", "sgd", fine(0.1, 2, 2), **kaiming),
+        "-convolutional-default": _study("convolutional:8", "sgd", fine(0.3, 2, 2)),
     }
 
 
@@ -65,6 +68,7 @@ def entry(setting: Setting, cell: Cell) -> dict[str, Any]:
         "data": setting.data,
         "optimizer": setting.optimizer,
         "batch_norm": cell.norm,
+        "initialization": cell.initialization,
         "parameters": setting.parameters,
         "epochs": setting.epochs,
         "seeds": len(setting.seeds),
