@@ -29,8 +29,6 @@ SMALL_FALL = 0.05
 CHANGING = 2.0
 # Norms per weight tensor, from which on a network counts as normalised.
 NORMALISED = 0.25
-# Best rate after conditioning over best rate before, as measured (median over settings).
-RATE_RATIOS = {"sgd": 0.67, "adaptive": 1.0}
 
 # Batches that stand for the data.
 _BATCHES = 4
@@ -254,10 +252,10 @@ def _remarks(facts: Facts) -> list[str]:
 def _rate(facts: Facts, verdict: str) -> str:
     if verdict != LIKELY:
         return "as without conditioning."
-    ratio = RATE_RATIOS["adaptive" if facts.optimizer == "adaptive" else "sgd"]
     return (
-        f"search again, lower: the best rate after conditioning was about {ratio:g} times the "
-        f"best one before; at the old best rate most of the gain was kept."
+        "search again, a factor 2 up and down: the best rate changed by 0.67 for an autoencoder "
+        "and by 1.5 for a classifier, and the largest stable rate, which data=(loader, loss) "
+        "measures, said which (0.71 and 1.5)."
     )
 
 

@@ -93,7 +93,7 @@ def test_the_command_writes_tables_figures_and_the_decision(
 
     def tiny(small: bool) -> dict:
         study = exactness._study(
-            "mlp:6-2-6", "two-moons", "sgd", [0.1, 0.15], seeds=range(2), epochs=2, samples=128
+            "mlp:6-2-6", "two-moons", "sgd", [0.1, 0.15], seeds=range(1), epochs=2, samples=128
         )
         return {"-moons": study}
 
@@ -103,5 +103,12 @@ def test_the_command_writes_tables_figures_and_the_decision(
     assert json.loads(capsys.readouterr().out)["experiments"] == ["exact"]
     text = (tmp_path / "exact.md").read_text()
     assert "- Continuous is" in text and "(exact-decision.png)" in text
-    assert text.count("| mlp:6-2-6 | two-moons | sgd | 2 |") == 5
+    assert text.count("| mlp:6-2-6 | two-moons | sgd | 1 |") == 5
+    # Its cells are kept in one file: elsewhere, the same command trains nothing.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "exact.cells.parquet").rename(elsewhere / "exact.cells.parquet")
+    assert main(["reproduce", "exact", "--small", "-o", str(elsewhere)]) == 0
+    assert "8 cells are there, 0 to train" in capsys.readouterr().err
+    assert (elsewhere / "exact.csv").read_text() == (tmp_path / "exact.csv").read_text()
     assert (tmp_path / "exact-decision.png").read_bytes()[:4] == b"\x89PNG"

@@ -76,7 +76,7 @@ def test_a_pack_stands_in_for_the_folder(tmp_path: Path) -> None:
         raise AssertionError("nothing is to be trained")
 
     other = Store(tmp_path / "other", [pack])
-    assert other.keys() == first.keys()
+    assert other.keys() == other.packed() == first.keys()
     assert sweep(cells, other, progress=_quiet, run=refuse) == rows  # losses are floats
     other.write(cells[0].key, {"loss": [7.0]})
     assert other.read([cells[0].key])[0]["loss"] == [7.0]  # the folder's own row comes first

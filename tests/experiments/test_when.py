@@ -31,7 +31,7 @@ def _entry(baseline: list[float], method: list[float]) -> dict:
     rates = [0.1, 0.15, 0.225]
     setting = Setting("mlp:256-16-64", "digits", "sgd", rates, list(range(5)), 1, 100, runs)
     cell = replace(contrasts()["-equal-sgd"].cells()[0], architecture="mlp:256-16-64")
-    return entry(setting, cell)
+    return entry(setting, cell, 0.7)
 
 
 def test_gains_are_shares_of_the_baselines_loss() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from pathlift.errors import ArgumentError
 from pathlift.experiments import exactness, when
 from pathlift.experiments.gauges import cost, scales
+from pathlift.experiments.store import Store
 from pathlift.experiments.study import Experiment, Progress, Result, Run, Study, Table, run_study
 from pathlift.experiments.summary import Target
 from pathlift.experiments.sweep import add_place_arguments, place_of
@@ -248,9 +249,7 @@ def write(name: str, small: bool, run: Run) -> Result:
     """Run an experiment; write its figures, ``NAME.csv``, ``NAME.md`` and its cells, packed."""
     experiment = EXPERIMENTS[name]
     result = experiment.run(name, small, run)
-    cells = [c.key for study in experiment.studies(small).values() for c in study.cells()]
-    if cells:
-        run.store().pack(cells, run.output / f"{name}.cells.parquet")
+    _pack({c.key for s in experiment.studies(small).values() for c in s.cells()}, name, run)
     for k, table in enumerate(result.tables):
         path = run.output / f"{name}{'' if k == 0 else f'-{k + 1}'}.csv"
         path.write_text(_csv(table), encoding="utf-8", newline="")
@@ -264,6 +263,15 @@ def write(name: str, small: bool, run: Run) -> Result:
     parts.append("\n".join(f"- {sentence}" for sentence in result.findings))
     (run.output / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return result
+
+
+def _pack(keys: set[str], name: str, run: Run) -> None:
+    """Keep an experiment's cells in one file, but for those that another one's file holds."""
+    path = run.output / f"{name}.cells.parquet"
+    store = run.store()
+    others = Store(store.folder, [p for p in store.packs if p != path]).packed()
+    if keys - others:
+        store.pack(keys - others, path)
 
 
 DISCUSSION = "discussion.md"  # written by people; kept

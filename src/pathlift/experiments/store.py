@@ -46,6 +46,10 @@ class Store:
         """Keys of all rows that are there."""
         return {path.stem for path in self.folder.glob("*.parquet")} | self._packed.keys()
 
+    def packed(self) -> set[str]:
+        """Keys of the rows that the packs hold."""
+        return set(self._packed)
+
     def pack(self, keys: Iterable[str], path: Path) -> None:
         """Write these rows to one file, atomically; curves in single precision.
 

@@ -9,17 +9,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from pathlift.curvature import curvature
 from pathlift.experiments.architectures import widths_of
 from pathlift.experiments.compare import LABELS
 from pathlift.experiments.exactness import CONTINUOUS, NONE, fine, rate_of
 from pathlift.experiments.exactness import studies as decided
+from pathlift.experiments.methods import loss_of
 from pathlift.experiments.study import Result, Run, Study, Table, stored
 from pathlift.experiments.summary import Interval, Setting, difference, plain, settings_of
-from pathlift.experiments.sweep import Cell
+from pathlift.experiments.sweep import Cell, Place, cell_data, start_of
 
 FILE = "when.json"
+_BATCHES, _CURVATURE_SEEDS = 4, 3
 FIRST = ("path-root", "path-first")  # first powers in place of squares, for Adam's steps
 
 
@@ -59,8 +63,27 @@ def studies(small: bool) -> dict[str, Study]:
     return {**decided(small), **contrasts()}
 
 
-def entry(setting: Setting, cell: Cell) -> dict[str, Any]:
-    """What is known of a setting, before training and after."""
+def stable_rate_factor(cell: Cell, place: Place) -> float:
+    """Largest stable rate of gradient descent once conditioned (continuous), over that before.
+
+    From the Gauss-Newton matrix's top eigenvalue on the first batches, geometric mean over seeds.
+    """
+    data, _ = cell_data(cell, place)
+    inputs = data.inputs[: _BATCHES * cell.batch]
+    targets = inputs if data.targets is None else data.targets[: len(inputs)]
+    batches = list(zip(inputs.split(cell.batch), targets.split(cell.batch), strict=True))
+    logs, loss = [], loss_of(data)
+    for seed in range(_CURVATURE_SEEDS):
+        after, before = (
+            curvature(start_of(replace(cell, seed=seed, method=m), data).model, batches, loss)
+            for m in (CONTINUOUS, NONE)
+        )
+        logs.append(math.log(after.stable_rate / before.stable_rate))
+    return math.exp(sum(logs) / len(logs))
+
+
+def entry(setting: Setting, cell: Cell, factor: float) -> dict[str, Any]:
+    """What is known of a setting, before training (``factor``: of stable rates) and after."""
     widths = widths_of(cell.architecture)
     base = setting.runs[NONE]
     return {
@@ -75,6 +98,7 @@ def entry(setting: Setting, cell: Cell) -> dict[str, Any]:
         "rates": setting.rates,
         "width_ratio": max(widths) / min(widths),
         "imbalance_before": float(base.imbalance.mean()),
+        "stable_rate_factor": factor,
         "baseline_rate": rate_of(setting, NONE),
         "methods": {n: _method(setting, n) for n in setting.runs if n != NONE},
     }
@@ -113,7 +137,10 @@ def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
     entries = []
     for study in chosen.values():
         cell = study.cells()[0]
-        entries += [entry(s, cell) for s in settings_of(stored(study, run))]
+        settings = settings_of(stored(study, run))
+        run.progress(f"curvature of {cell.architecture}")
+        factor = stable_rate_factor(cell, run.place)
+        entries += [entry(s, cell, factor) for s in settings]
     text = json.dumps(plain(entries), indent=1)
     (run.output / FILE).write_text(text + "\n", encoding="utf-8")
     return Result([], [_table(entries)], _sentences(entries))
@@ -122,7 +149,12 @@ def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
 def _table(entries: Sequence[dict[str, Any]]) -> Table:
     head = (
         *("network", "data", "optimizer", "width ratio", "method", "imbalance"),
-        *("best rate / baseline's", "gain, own best rates", "at the baseline's best"),
+        *(
+            "stable rate / baseline's",
+            "best rate / baseline's",
+            "gain, own best rates",
+            "at the baseline's best",
+        ),
         "at the smallest rate",
     )
     lines: list[Sequence[str]] = []
@@ -132,7 +164,9 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
             gains = [m[k] for k in ("own_best_rates", "baseline_best_rate", "smallest_rate")]
             imbalance = f"{e['imbalance_before']:.3f} → {m['imbalance_after']:.3f}"
             front = (network, e["data"], e["optimizer"], f"{e['width_ratio']:g}", m["label"])
-            lines.append((*front, imbalance, f"{m['rate_ratio']:.2g}", *map(_shown, gains)))
+            stable = f"{e['stable_rate_factor']:.2g}" if m["label"] == LABELS[CONTINUOUS] else ""
+            rates = (stable, f"{m['rate_ratio']:.2g}")
+            lines.append((*front, imbalance, *rates, *map(_shown, gains)))
     return Table(head, lines)
 
 
