@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathlift.condition import condition_
+from pathlift.condition import Conditioner
 from pathlift.curvature import Curvature, Loss, curvature
 from pathlift.errors import ArgumentError
 from pathlift.report import ConditioningReport
-from pathlift.symmetry.group import RescalingGroup, rescaling_group
+from pathlift.symmetry.group import RescalingGroup
 
 LIKELY, NOTHING, DONT = "likely to help", "nothing to do", "don't"
 VERDICTS = (LIKELY, NOTHING, DONT)
@@ -136,10 +136,10 @@ def advise(
         raise ArgumentError(f"model must be a torch.nn.Module; found {type(model).__name__}.")
     kind = optimizer_kind(optimizer)
     measured = _checked(data)
-    group = rescaling_group(model, example_inputs)
     conditioned = _copied(model)
-    report = condition_(conditioned, example_inputs, exact=False, verify=False)
-    facts = _facts(model, group, report, kind)
+    conditioner = Conditioner(conditioned, example_inputs)
+    report = conditioner.condition_(exact=False, verify=False)
+    facts = _facts(model, conditioner.group, report, kind)
     advice = judge(facts)
     if measured is None:
         return advice
