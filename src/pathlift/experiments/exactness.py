@@ -68,7 +68,7 @@ def studies(small: bool) -> dict[str, Study]:
         return found
     part = {"epochs": 5, "samples": 12_000, "held_out": False}
     found["-mnist-autoencoder-sgd"] = _study(
-        "autoencoder:256-64-16", "mnist", "sgd", fine(0.667, 2, 2), seeds=range(3), **part
+        "autoencoder:256-64-16", "mnist", "sgd", fine(0.667, 2, 3), seeds=range(3), **part
     )
     found["-mnist-classifier-sgd"] = _study(
         bottleneck, "mnist", "sgd", fine(0.3, 2, 2), seeds=range(3), **part
