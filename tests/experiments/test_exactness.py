@@ -53,13 +53,13 @@ def test_paired_differences_see_through_what_seeds_share() -> None:
 def test_the_decision_follows_the_intervals() -> None:
     better = compare(_setting(baseline=[1.0] * 3, path=[0.95] * 3, path_continuous=[0.9] * 3))
     said = decide(better)
-    assert said[0] == "Continuous is better or equal everywhere that was measured."
-    assert "1 comparisons: better in 1, worse in 0" in said[1]
+    everywhere = "better or equal everywhere that was measured"
+    assert said[0].startswith(f"Continuous against powers of two: {everywhere} (1 comparisons: ")
+    assert said[1].startswith(f"Continuous against none: {everywhere}")
     worse = compare(_setting(baseline=[1.0] * 3, path=[0.9] * 3, path_continuous=[0.95] * 3))
     said = decide([*better, *worse])
-    assert said[0].startswith("Continuous is not better or equal everywhere")
-    assert "mlp:8 on digits, sgd against path-conditioned" in said[0]
-    assert "better in 1, worse in 1" in said[1] and "better in 2, worse in 0" in said[2]
+    assert said[0].startswith("Continuous against powers of two: worse on mlp:8 on digits, sgd (2")
+    assert "better in 1, worse in 1" in said[0] and "better in 2, worse in 0" in said[1]
 
 
 def test_a_method_that_diverges_everywhere_is_worse_than_any() -> None:
@@ -102,7 +102,7 @@ def test_the_command_writes_tables_figures_and_the_decision(
     assert main(["reproduce", "exact", "--small", "-o", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["experiments"] == ["exact"]
     text = (tmp_path / "exact.md").read_text()
-    assert "- Continuous is" in text and "(exact-decision.png)" in text
+    assert "- Continuous against powers of two: " in text and "(exact-decision.png)" in text
     assert text.count("| mlp:6-2-6 | two-moons | sgd | 1 |") == 5
     # Its cells are kept in one file: elsewhere, the same command trains nothing.
     elsewhere = tmp_path / "elsewhere"

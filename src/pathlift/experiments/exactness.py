@@ -23,6 +23,7 @@ from pathlift.experiments.summary import (
 
 NONE, EXACT, CONTINUOUS, ENORM = "baseline", "path", "path-continuous", "enorm-continuous"
 FOUR = (NONE, EXACT, CONTINUOUS, ENORM)
+OTHERS = {EXACT: "powers of two", NONE: "none"}
 FACTOR = 1.5  # between neighbouring rates
 # What is compared: a method and what it is compared with.
 PAIRS = (
@@ -125,21 +126,17 @@ def compare(setting: Setting, pairs: Sequence[tuple[str, str]] = PAIRS) -> list[
 
 
 def decide(comparisons: Sequence[Comparison]) -> list[str]:
-    """Is continuous better or equal everywhere? The answer first, then what it rests on."""
-    against = [c for c in comparisons if c.method == CONTINUOUS and c.other in (EXACT, NONE)]
-    worse = [c for c in against if c.verdict == "worse"]
-    if worse:
-        where = "; ".join(f"{c.setting.name} against {LABELS[c.other]}" for c in worse)
-        answer = f"Continuous is not better or equal everywhere; it is worse on: {where}."
-    else:
-        answer = "Continuous is better or equal everywhere that was measured."
-    sentences = [answer]
+    """Is continuous better or equal everywhere, against powers of two and against none?"""
+    sentences = []
     for other in (EXACT, NONE):
-        counted = [c.verdict for c in against if c.other == other]
+        against = [c for c in comparisons if (c.method, c.other) == (CONTINUOUS, other)]
+        counts = [c.verdict for c in against]
+        worse = "; ".join(c.setting.name for c in against if c.verdict == "worse")
+        answer = f"worse on {worse}" if worse else "better or equal everywhere that was measured"
         sentences.append(
-            f"Continuous against {LABELS[other]}, {len(counted)} comparisons: better in "
-            f"{counted.count('better')}, worse in {counted.count('worse')}, no difference shown in "
-            f"{counted.count('no difference shown')}."
+            f"Continuous against {OTHERS[other]}: {answer} ({len(against)} comparisons: better in "
+            f"{counts.count('better')}, worse in {counts.count('worse')}, no difference shown in "
+            f"{counts.count('no difference shown')})."
         )
     return sentences
 

@@ -23,7 +23,7 @@ from pathlift.experiments.summary import Interval, Setting, difference, plain, s
 from pathlift.experiments.sweep import Cell, Place, cell_data, start_of
 
 FILE = "when.json"
-_BATCHES, _CURVATURE_SEEDS = 4, 3
+_BATCHES, _CURVATURE_SEEDS = 4, 1
 FIRST = ("path-root", "path-first")  # first powers in place of squares, for Adam's steps
 
 
