@@ -23,7 +23,7 @@ from pathlift.experiments.summary import (
 
 NONE, EXACT, CONTINUOUS, ENORM = "baseline", "path", "path-continuous", "enorm-continuous"
 FOUR = (NONE, EXACT, CONTINUOUS, ENORM)
-OTHERS = {EXACT: "powers of two", NONE: "none"}
+NAMES = {NONE: "none", EXACT: "powers of two", CONTINUOUS: "continuous", ENORM: LABELS[ENORM]}
 FACTOR = 1.5  # between neighbouring rates
 # What is compared: a method and what it is compared with.
 PAIRS = (
@@ -134,7 +134,7 @@ def decide(comparisons: Sequence[Comparison]) -> list[str]:
         worse = "; ".join(c.setting.name for c in against if c.verdict == "worse")
         answer = f"worse on {worse}" if worse else "better or equal everywhere that was measured"
         sentences.append(
-            f"Continuous against {OTHERS[other]}: {answer} ({len(against)} comparisons: better in "
+            f"Continuous against {NAMES[other]}: {answer} ({len(against)} comparisons: better in "
             f"{counts.count('better')}, worse in {counts.count('worse')}, no difference shown in "
             f"{counts.count('no difference shown')})."
         )
@@ -155,7 +155,7 @@ def table(comparisons: Sequence[Comparison]) -> Table:
         lines.append(
             (
                 *(s.architecture, s.data, s.optimizer, str(len(s.seeds))),
-                *(LABELS[c.method], LABELS[c.other], rates, losses),
+                *(NAMES[c.method], NAMES[c.other], rates, losses),
                 _spanned(c.loss, c.interval, ".2g"),
                 _spanned(c.loss / c.unit, c.interval, ".1%", c.unit),
                 "" if math.isnan(c.test) else _spanned(c.test, c.test_interval, ".2g"),
@@ -185,7 +185,7 @@ def _draw(comparisons: Sequence[Comparison]) -> figures.Draw:
 
     def draw(axes: Any) -> None:
         for k, method in enumerate(methods):
-            label: str | None = LABELS[method]
+            label: str | None = NAMES[method]
             for c in shown:
                 if c.method != method or c.interval is None:
                     continue
