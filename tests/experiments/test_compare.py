@@ -57,22 +57,23 @@ def test_all_methods_give_one_page(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(methods) == [
         "baseline",
         "path",
+        "path-continuous",
         "path-schedule",
+        "path-root",
+        "path-first",
         "enorm",
+        "enorm-continuous",
         "enorm-step",
         "range",
         "fisher",
         "batch-norm",
         "path-sgd",
     ]
-    assert "0 cells are there, 36 to train" in captured.err
-    assert len(list((out / "cells").glob("*.parquet"))) == 36
+    assert "0 cells are there, 52 to train" in captured.err
+    assert len(list((out / "cells").glob("*.parquet"))) == 52
     assert methods["path"]["imbalance"] < methods["baseline"]["imbalance"]
-    assert (
-        methods["path-schedule"]["conditioning_seconds"]
-        > methods["path"]["conditioning_seconds"]
-        > 0
-    )
+    assert methods["path-schedule"]["conditioning_seconds"] > 0
+    assert methods["path"]["conditioning_seconds"] > 0
     assert methods["baseline"]["conditioning_seconds"] == 0
     text = (out / "index.html").read_text()
     page = _Page(text)
@@ -85,7 +86,7 @@ def test_all_methods_give_one_page(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads((out / "summary.json").read_text()) == data["settings"]
     assert main(arguments) == 0
     captured = capsys.readouterr()
-    assert "36 cells are there, 0 to train" in captured.err
+    assert "52 cells are there, 0 to train" in captured.err
     assert captured.out.startswith("mlp:8 on two-moons, sgd: 2 seeds, 3 epochs; target loss")
     assert "path-conditioned, schedule" in captured.out
 
@@ -98,7 +99,7 @@ def test_all_methods_give_one_page(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--methods", "magic"], "method 'magic' is unknown"),
         (["--architectures", "vgg:8"], "architecture 'vgg:8' is unknown"),
         (["--data", "mnist"], "mnist is read from files"),
-        (["--optimizers", "adamw"], "optimizer 'adamw' is unknown"),
+        (["--optimizers", "lion"], "optimizer 'lion' is unknown"),
         (["--seeds", "0"], "--seeds must be at least 1; found 0"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import os
 import struct
 import urllib.error
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 
 from pathlift.errors import ArgumentError, PathliftError
 from pathlift.experiments import data as module
-from pathlift.experiments.data import DataError, load, read_idx
+from pathlift.experiments.data import load
+from pathlift.experiments.image_files import DataError, read_idx
 
 
 def _idx(array: np.ndarray) -> bytes:
@@ -84,6 +87,85 @@ def test_cifar_binary(tmp_path: Path) -> None:
     assert len(load("cifar10", tmp_path, split="test").inputs) == 7
 
 
+def _png(pixels: np.ndarray) -> bytes:
+    """An encoded picture; PNG, which loses nothing."""
+    image = pytest.importorskip("PIL.Image").fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _parquet(path: Path, pictures: list[object], column: str = "img") -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {column: p if isinstance(p, dict) else {"bytes": p, "path": None}, "label": k % 10}
+        for k, p in enumerate(pictures)
+    ]
+    parquet.write_table(arrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("column", ["img", "image"])
+def test_cifar_parquet_as_data_hubs_lay_it_out(column: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cifar10"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    # Two shards: in the order of their names.
+    _parquet(folder / "train-00001-of-00002.parquet", [_png(p) for p in pixels[3:]], column)
+    _parquet(folder / "train-00000-of-00002.parquet", [_png(p) for p in pixels[:3]], column)
+    _parquet(folder / "test-00000-of-00001.parquet", [_png(pixels[4])], column)
+    found = load("cifar10", tmp_path)
+    assert found.inputs.shape == (5, 3, 32, 32)
+    assert found.targets is not None and found.targets.tolist() == [0, 1, 2, 0, 1]
+    expected = (pixels[3, 1, 4, 2] / 255 - 0.4465) / 0.2616
+    assert float(found.inputs[3, 2, 1, 4]) == pytest.approx(expected, abs=1e-5)
+    test = load("cifar10", folder, split="test")
+    assert torch.equal(test.inputs[0], found.inputs[4])
+
+
+def test_a_parquet_file_of_another_layout_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train-00000-of-00001.parquet"
+    whole = _png(np.zeros((32, 32, 3), np.uint8))
+    for pictures, column, said in (
+        ([whole], "picture", "has columns picture, label; needed are img"),
+        ([whole, whole[:40]], "img", "row 1 can't be decoded"),
+        ([_png(np.zeros((8, 6, 3), np.uint8))], "img", "row 0 is a picture of 6 x 8"),
+        ([{"bytes": None, "path": "a.png"}], "img", "row 0 has no encoded picture"),
+    ):
+        _parquet(path, list(pictures), column)
+        with pytest.raises(DataError, match=said):
+            load("cifar10", tmp_path)
+    path.write_bytes(b"no parquet")
+    with pytest.raises(DataError, match="can't be read.*Fetch the file again"):
+        load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_the_real_data(name: str) -> None:
+    """Where PATHLIFT_DATA names a folder with it (or a Debian package has it)."""
+    root = os.environ.get("PATHLIFT_DATA")
+    try:
+        found = load(name, root)
+    except DataError as error:
+        pytest.skip(f"the files are not here (PATHLIFT_DATA={root}): {error}")
+    assert found.inputs.shape == (60_000, 1, 28, 28) and found.targets is not None
+    zeros = {"mnist": 5923, "fashion-mnist": 6000}[name]
+    assert int((found.targets == 0).sum()) == zeros
+    assert abs(float(found.inputs.mean())) < 1e-3
+    assert float(found.inputs.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_real_cifar() -> None:
+    root = os.environ.get("PATHLIFT_DATA")
+    try:
+        found = load("cifar10", root, split="test")
+    except DataError as error:
+        pytest.skip(f"the files are not here (PATHLIFT_DATA={root}): {error}")
+    assert found.inputs.shape == (10_000, 3, 32, 32) and found.targets is not None
+    assert found.targets.bincount().tolist() == [1000] * 10
+    assert float(found.inputs.mean((0, 2, 3)).abs().max()) < 0.03
+
+
 @pytest.mark.parametrize("layout", ["flat", "channels-last", "channels-first"])
 def test_cifar_npz(layout: str, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
@@ -124,6 +206,19 @@ def test_a_pickle_in_an_npz_is_not_opened(tmp_path: Path) -> None:
     assert not opened.exists()
 
 
+def test_fashion_mnist_is_found_where_the_system_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, labels = _mnist(tmp_path / "system", "train", 3, zipped=True)
+    monkeypatch.setattr(module, "_SYSTEM", {"fashion-mnist": (tmp_path / "system",)})
+    found = load("fashion-mnist")
+    assert found.targets is not None and found.targets.tolist() == labels.tolist()
+    # A folder that is named comes first.
+    _, own = _mnist(tmp_path / "named", "train", 4)
+    chosen = load("fashion-mnist", tmp_path / "named")
+    assert chosen.targets is not None and chosen.targets.tolist() == own.tolist()
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "images"
     path.write_bytes(_idx(np.zeros((2, 28, 28), np.uint8))[:-1])
@@ -152,11 +247,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
-def test_missing_files_say_what_to_do(name: str, tmp_path: Path) -> None:
+def test_missing_files_say_what_to_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SYSTEM", {})  # this machine may have a package's files
     with pytest.raises(
         DataError, match=f"{name} is read from files, and there is none in .*download=True"
     ):
         load(name, tmp_path)
+    with pytest.raises(DataError, match="there is no folder .*absent.*name it by root"):
+        load(name, tmp_path / "absent")
     with pytest.raises(DataError, match="root is None"):
         load(name)
     with pytest.raises(

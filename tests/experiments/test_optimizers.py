@@ -24,7 +24,7 @@ class _Bag(nn.Module):
             self.register_parameter(f"p{k}", nn.Parameter(value))
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "muon"])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw", "muon"])
 def test_stacked_updates_equal_torch(name: str) -> None:
     rule = optimizer_named(name)
     assert rule.update is not None
@@ -54,7 +54,7 @@ def test_stacked_updates_equal_torch(name: str) -> None:
         assert (p - torch.stack([getattr(_Bag(r), f"p{k}") for r in range(3)])).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam", "muon"])
+@pytest.mark.parametrize("name", ["momentum", "adam", "adamw", "muon"])
 def test_slots_have_the_names_torch_gives_them(name: str) -> None:
     rule, bag = optimizer_named(name), _Bag(0)
     optimizers = rule.torch(bag, 0.1, torch.empty(0))
@@ -69,7 +69,7 @@ def test_slots_have_the_names_torch_gives_them(name: str) -> None:
 
 def test_an_unknown_optimiser_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ArgumentError, match="'adamw' is unknown.*'sgd', 'momentum', 'adam', 'muon'"
+        ArgumentError, match="'lion' is unknown.*'sgd', 'momentum', 'adam', 'adamw', 'muon'"
     ):
-        optimizer_named("adamw")
-    assert set(OPTIMIZERS) == {"sgd", "momentum", "adam", "muon", "path-sgd"}
+        optimizer_named("lion")
+    assert set(OPTIMIZERS) == {"sgd", "momentum", "adam", "adamw", "muon", "path-sgd"}

@@ -70,13 +70,15 @@ def test_every_cell_can_be_built(name: str, small: bool) -> None:
             )
 
 
-def test_the_seven_experiments_are_there() -> None:
+def test_the_experiments_are_there() -> None:
     assert list(EXPERIMENTS) == [
         "two-moons",
         "fully-connected",
         "fully-convolutional",
         "resnet",
         "autoencoder",
+        "exact",
+        "when",
         "scales",
         "cost",
     ]

@@ -66,6 +66,28 @@ def test_a_store_keeps_rows_and_names_damaged_files(tmp_path: Path) -> None:
         store.read(["b"])
 
 
+def test_a_pack_stands_in_for_the_folder(tmp_path: Path) -> None:
+    cells = _grid()
+    first = Store(tmp_path / "first")
+    rows = sweep(cells, first, progress=_quiet)
+    pack = tmp_path / "some.cells.parquet"
+    first.pack([c.key for c in cells], pack)
+
+    def refuse(job: object, place: Place) -> list[dict]:
+        raise AssertionError("nothing is to be trained")
+
+    other = Store(tmp_path / "other", [pack])
+    assert other.keys() == other.packed() == first.keys()
+    assert sweep(cells, other, progress=_quiet, run=refuse) == rows  # losses are floats
+    other.write(cells[0].key, {"loss": [7.0]})
+    assert other.read([cells[0].key])[0]["loss"] == [7.0]  # the folder's own row comes first
+    with pytest.raises(StoreError, match="can't be read"):
+        other.read(["absent"])
+    pack.write_bytes(b"no parquet")
+    with pytest.raises(StoreError, match="some.cells.parquet can't be read"):
+        Store(tmp_path / "other", [pack])
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no space")

@@ -107,6 +107,17 @@ def fully_convolutional(
     return nn.Sequential(*layers, nn.Conv2d(fan_in, num_classes, 1), _Global())
 
 
+def widths_of(name: str) -> list[int]:
+    """Channels of the hidden layers of a name that :func:`build` knows."""
+    kind, _, text = name.partition(":")
+    sizes = [int(w) for w in text.split("-")]
+    if kind == "autoencoder":
+        return [*sizes, *sizes[-2::-1]]
+    if kind == "convolutional":
+        return [sizes[0]] * 3 + [2 * sizes[0]] * 3 + [sizes[0] * 5 // 2] * 2
+    return [sizes[0] * 2**k for k in range(4)] if kind == "resnet18" else sizes
+
+
 INITIALIZATIONS = ("pytorch", "kaiming-normal")
 
 

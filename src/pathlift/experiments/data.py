@@ -5,9 +5,6 @@ Nothing is downloaded unless ``download=True`` says so.
 
 from __future__ import annotations
 
-import gzip
-import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,17 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathlift.errors import ArgumentError, PathliftError, unknown
+from pathlift.errors import ArgumentError, unknown
+from pathlift.experiments.image_files import Arrays, DataError, cifar10, idx_pair
 from pathlift.experiments.optional import need
 
-Arrays = tuple[NDArray[Any], NDArray[Any]]
 SPLITS = ("train", "test", "all")
 _HELD_OUT = 5  # of the sets without a test set of their own, one sample in five is held out
 _PATCH = 8
-
-
-class DataError(PathliftError):
-    """A data set is not there, or its files are not what their names say."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +70,10 @@ def load(
             same, every pixel scaled by itself) and ``"photographs"`` (grey 8x8 patches, (N, 64),
             reconstruction) need no files; ``"mnist"`` and ``"fashion-mnist"``
             (N, 1, 28, 28) are read from IDX files, gzipped or not, and ``"cifar10"``
-            (N, 3, 32, 32) from the binary version or a ``cifar10.npz`` (``x_train``, ``y_train``,
-            ``x_test``, ``y_test``).
-        root: folder with the files, or with a folder that has them.
+            (N, 3, 32, 32) from Parquet as data hubs lay it out, the binary version or a
+            ``cifar10.npz``; see :mod:`pathlift.experiments.image_files`.
+        root: folder with the files, or with a folder that has them. Fashion-MNIST is also looked
+            for where Debian's ``dataset-fashion-mnist`` puts it.
         split: ``"train"``, ``"test"`` or ``"all"``, both. Sets without a test set hold out one
             sample in five.
         download: without files, fetch from OpenML through scikit-learn, whose cache goes to
@@ -88,7 +82,8 @@ def load(
     Raises:
         ArgumentError: an unknown name or split.
         DataError: the files are missing, damaged or can't be downloaded.
-        MissingDependencyError: scikit-learn is needed and not installed.
+        MissingDependencyError: scikit-learn (or for Parquet pyarrow or pillow) is needed and not
+            installed.
     """
     if split not in SPLITS:
         raise ArgumentError(f"split must be 'train', 'test' or 'all'; found {split!r}.")
@@ -180,6 +175,8 @@ _FOLDERS = {
     "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "FashionMNIST"),
     "cifar10": ("cifar10", "cifar-10-batches-bin", "cifar-10"),
 }
+# Where systems put data sets that they package.
+_SYSTEM = {"fashion-mnist": (Path("/usr/share/datasets/fashion-mnist"),)}
 _OPENML = {"mnist": "mnist_784", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR_10"}
 _TRAIN_SIZE = {"mnist": 60_000, "fashion-mnist": 60_000, "cifar10": 50_000}
 
@@ -192,123 +189,35 @@ def _normalised(name: str, images: NDArray[Any], labels: NDArray[Any]) -> Data:
 
 def _images(name: str, root: Path | str | None, split: str, download: bool) -> Arrays:
     """Bytes (N, channels, height, width) and labels (N,)."""
-    folders = [Path(root) / part for part in ("", *_FOLDERS[name])] if root is not None else []
-    read = _cifar10 if name == "cifar10" else _idx_pair
-    for folder in folders:
+    places = [] if root is None else [Path(root) / part for part in ("", *_FOLDERS[name])]
+    read = cifar10 if name == "cifar10" else idx_pair
+    for folder in [*places, *_SYSTEM.get(name, ())]:
         found = read(folder, split)
         if found is not None:
             return found
     if download:
         return _openml(name, root, split)
-    where = f"there is none in {Path(root).resolve()}" if root is not None else "root is None"
+    raise DataError(_missing(name, root))
+
+
+def _missing(name: str, root: Path | str | None) -> str:
+    if root is None:
+        where = "no folder is given (root is None)"
+    elif Path(root).is_dir():
+        where = f"there is none in {Path(root).resolve()}"
+    else:
+        where = f"there is no folder {Path(root).resolve()}"
     files = (
-        "data_batch_1.bin to data_batch_5.bin and test_batch.bin (the binary version), or in "
-        "cifar10.npz"
+        "train-*.parquet and test-*.parquet as data hubs lay them out, data_batch_1.bin to "
+        "data_batch_5.bin and test_batch.bin (the binary version), or cifar10.npz"
         if name == "cifar10"
         else "train-images-idx3-ubyte, train-labels-idx1-ubyte and the two of t10k, gzipped or not"
     )
-    raise DataError(
-        f"{name} is read from files, and {where}. Put {files}, there, or pass download=True "
-        f"where OpenML can be reached."
+    debian = " (Debian: apt install dataset-fashion-mnist)" if name == "fashion-mnist" else ""
+    return (
+        f"{name} is read from files, and {where}. Put {files}, in a folder{debian} and name it by "
+        f"root (--root), or pass download=True (--download) where OpenML can be reached."
     )
-
-
-def _idx_pair(folder: Path, split: str) -> Arrays | None:
-    """MNIST's four files; None if they are not in this folder."""
-    prefix = "train" if split == "train" else "t10k"
-    found = []
-    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-        # torchvision and some mirrors write a dot where the original has a hyphen.
-        stems = (f"{prefix}-{kind}", f"{prefix}-{kind.replace('-idx', '.idx')}")
-        paths = [folder / f"{stem}{end}" for stem in stems for end in ("", ".gz")]
-        path = next((p for p in paths if p.is_file()), None)
-        if path is None:
-            return None
-        found.append(read_idx(path))
-    images, labels = found
-    _check_pair(folder, images, labels, (28, 28))
-    return images[:, None], labels
-
-
-def read_idx(path: Path) -> NDArray[np.uint8]:
-    """An IDX file of bytes, gzipped if its name ends in ``.gz``.
-
-    Format: two zero bytes, the type (8: unsigned byte), the number of axes, their lengths as
-    big-endian 32-bit integers, the entries.
-
-    Raises:
-        DataError: the file is not of this format, or is cut short.
-    """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} can't be read: {error}. Fetch the file again.") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise DataError(f"{path} is not an IDX file of bytes. Fetch the file again.")
-    axes = content[3]
-    lengths = content[4 : 4 + 4 * axes]
-    shape = tuple(int(n) for n in np.frombuffer(lengths, ">u4", len(lengths) // 4))
-    entries = np.frombuffer(content, np.uint8, offset=min(4 + 4 * axes, len(content)))
-    if len(shape) != axes or entries.size != math.prod(shape):
-        raise DataError(
-            f"{path} is cut short or damaged: its header says shape {shape}, and {entries.size} "
-            f"bytes follow. Fetch the file again."
-        )
-    return entries.reshape(shape)
-
-
-def _cifar10(folder: Path, split: str) -> Arrays | None:
-    """The binary version or an .npz; None if neither is in this folder."""
-    archive = folder / "cifar10.npz"
-    if archive.is_file():
-        return _cifar10_npz(archive, split)
-    if split == "test":
-        paths = [folder / "test_batch.bin"]
-    else:
-        paths = sorted(folder.glob("data_batch_*.bin"))
-    paths = [p for p in paths if p.is_file()]
-    if not paths:
-        return None
-    records = np.concatenate([_cifar10_records(p) for p in paths])
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
-
-
-def _cifar10_records(path: Path) -> NDArray[np.uint8]:
-    """Rows of one label and 3 x 32 x 32 pixels."""
-    content = np.frombuffer(path.read_bytes(), np.uint8)
-    width = 1 + 3 * 32 * 32
-    if content.size == 0 or content.size % width:
-        raise DataError(
-            f"{path} has {content.size} bytes, which is not a multiple of {width}: it is cut "
-            f"short, or not CIFAR-10's binary version. Fetch the file again."
-        )
-    return content.reshape(-1, width)
-
-
-def _cifar10_npz(path: Path, split: str) -> Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            images, labels = archive[f"x_{split}"], archive[f"y_{split}"].reshape(-1)
-    except (KeyError, ValueError, OSError) as error:
-        raise DataError(
-            f"{path} needs plain arrays x_train, y_train, x_test and y_test: {error}."
-        ) from error
-    if images.ndim == 2:
-        images = images.reshape(-1, 3, 32, 32)
-    elif images.ndim == 4 and images.shape[-1] == 3:
-        images = images.transpose(0, 3, 1, 2)
-    _check_pair(path, images, labels, (3, 32, 32))
-    return np.ascontiguousarray(images), labels
-
-
-def _check_pair(
-    path: Path, images: NDArray[Any], labels: NDArray[Any], shape: tuple[int, ...]
-) -> None:
-    if images.shape[1:] != shape or labels.shape != (len(images),):
-        raise DataError(
-            f"{path}: images must have shape (N, {', '.join(map(str, shape))}) and labels (N,); "
-            f"found {images.shape} and {labels.shape}."
-        )
 
 
 def _openml(name: str, root: Path | str | None, split: str) -> Arrays:

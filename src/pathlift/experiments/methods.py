@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import pathlift
 from pathlift.criteria import Criterion, fisher
+from pathlift.criteria.protocol import given
 from pathlift.errors import UnsupportedOperationError, unknown
 from pathlift.experiments.architectures import mlp
 from pathlift.experiments.data import Data
@@ -53,8 +55,12 @@ class Method:
 METHODS: dict[str, Method] = {
     "baseline": Method("baseline"),
     "path": Method("path-conditioned", "path-kernel"),
+    "path-continuous": Method("path-conditioned, continuous", "path-kernel", exact=False),
     "path-schedule": Method("path-conditioned, schedule", "path-kernel", unit="epoch"),
+    "path-root": Method("path kernel, roots, continuous", "path-root", exact=False),
+    "path-first": Method("path kernel, first powers, continuous", "path-first", exact=False),
     "enorm": Method("ENorm at the start", "weight-norm"),
+    "enorm-continuous": Method("ENorm, continuous", "weight-norm", exact=False),
     "enorm-step": Method("ENorm every step", "weight-norm", exact=False, unit="step"),
     "range": Method("equal ranges", "range"),
     "fisher": Method("Fisher", "fisher"),
@@ -97,9 +103,7 @@ def start(method: Method, model: nn.Module, data: Data) -> Start:
     if method.criterion is not None:
         warm_up()
         begin = time.perf_counter()
-        criterion: str | Criterion = method.criterion
-        if criterion == "fisher":
-            criterion = fisher(model, [_pairs(data.first(_FISHER_SAMPLES))], loss_of(data))
+        criterion = _criterion(method.criterion, model, data)
         report = pathlift.condition_(
             model, example, criterion=criterion, exact=method.exact, verify=False
         )
@@ -109,6 +113,37 @@ def start(method: Method, model: nn.Module, data: Data) -> Start:
     except UnsupportedOperationError:
         imbalance = float("nan")
     return Start(model, seconds, imbalance, scales)
+
+
+def _criterion(name: str, model: nn.Module, data: Data) -> str | Criterion:
+    """What :func:`pathlift.condition_` takes for the criterion of a method."""
+    example = data.inputs[:2]
+    if name == "fisher":
+        return fisher(model, [_pairs(data.first(_FISHER_SAMPLES))], loss_of(data))
+    if name == "path-root":
+        diagonal = pathlift.path_kernel_diagonal(model, example)
+        return _first_power({n: g.sqrt() for n, g in diagonal.items()})
+    if name == "path-first":
+        return _first_power(first_powers(model, example))
+    return name
+
+
+def _first_power(values: Mapping[str, Tensor]) -> Criterion:
+    """Coefficients that move as a gradient does, not as its square."""
+    return replace(given(values), rate=-1.0)
+
+
+@torch.no_grad()
+def first_powers(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
+    """``sum_p |dPhi_p / dtheta_i|`` of a network without norms, by parameter name.
+
+    The squared network of ``sqrt |theta|`` is the network of ``|theta|``, so the pass that gives
+    the path kernel's diagonal for the one gives first powers for the other.
+    """
+    rooted = copy.deepcopy(model)
+    for parameter in rooted.parameters():
+        parameter.copy_(parameter.abs().sqrt())
+    return pathlift.path_kernel_diagonal(rooted, example)
 
 
 def loss_of(data: Data) -> Callable[[Any, Any], Tensor]:

@@ -22,6 +22,7 @@ Update = Callable[[Tensor, Tensor, Slots, Tensor, int], None]
 MOMENTUM = 0.9
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+WEIGHT_DECAY = 0.01  # of AdamW, as in torch
 _MUON_MOMENTUM = 0.95
 _MUON_COEFFICIENTS = (3.4445, -4.775, 2.0315)
 _MUON_STEPS = 5
@@ -72,6 +73,11 @@ def _adam(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> None:
     correction1, correction2 = 1 - BETAS[0] ** step, 1 - BETAS[1] ** step
     denominator = second.sqrt().div_(math.sqrt(correction2)).add_(EPS)
     p.addcmul_(rate, first / denominator, value=-1 / correction1)
+
+
+def _adamw(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> None:
+    p.mul_(1 - rate * WEIGHT_DECAY)
+    _adam(p, g, slots, rate, step)
 
 
 def _muon(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> None:
@@ -138,6 +144,11 @@ def _torch_adam(model: nn.Module, rate: float, example: Tensor) -> list[torch.op
     return [_adam_of(_learnt(model), rate)]
 
 
+def _torch_adamw(model: nn.Module, rate: float, example: Tensor) -> list[torch.optim.Optimizer]:
+    learnt = _learnt(model)
+    return [torch.optim.AdamW(learnt, rate, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)]
+
+
 def _torch_muon(model: nn.Module, rate: float, example: Tensor) -> list[torch.optim.Optimizer]:
     muon: Any = getattr(torch.optim, "Muon", None)
     if muon is None:
@@ -169,6 +180,7 @@ OPTIMIZERS: dict[str, Rule] = {
     "sgd": Rule(_torch_sgd, _sgd, _no_slots),
     "momentum": Rule(_torch_momentum, _momentum, _momentum_slots),
     "adam": Rule(_torch_adam, _adam, _adam_slots),
+    "adamw": Rule(_torch_adamw, _adamw, _adam_slots),
     # Matrices by Muon, everything else by Adam at the same rate.
     "muon": Rule(_torch_muon, _muon, _muon_slots),
     "path-sgd": Rule(_torch_path_sgd, None, _no_slots),

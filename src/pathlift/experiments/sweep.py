@@ -274,7 +274,7 @@ def _run_job(cells: Sequence[Cell], place: Place) -> list[Row]:
     starts: dict[tuple[str, int], Start] = {}
     for cell in cells:
         if (cell.method, cell.seed) not in starts:
-            starts[cell.method, cell.seed] = _start(cell, data)
+            starts[cell.method, cell.seed] = start_of(cell, data)
     chosen = [starts[cell.method, cell.seed] for cell in cells]
     schedules: list[Recondition | None] = [
         method_named(cell.method).schedule(cell.every) for cell in cells
@@ -308,7 +308,8 @@ def _run_job(cells: Sequence[Cell], place: Place) -> list[Row]:
     ]
 
 
-def _start(cell: Cell, data: Data) -> Start:
+def start_of(cell: Cell, data: Data) -> Start:
+    """The cell's network before its first step."""
     model = build(
         cell.architecture,
         data,

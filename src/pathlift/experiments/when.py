@@ -1,0 +1,193 @@
+"""When does conditioning help? One table of all settings that were measured, as JSON.
+
+A *gain* is the share by which a method's final training loss is below the baseline's: at each
+method's own best rate, at the baseline's best rate, and at the smallest rate of the grid.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pathlift.curvature import curvature
+from pathlift.experiments.architectures import widths_of
+from pathlift.experiments.compare import LABELS
+from pathlift.experiments.exactness import CONTINUOUS, NONE, fine, rate_of
+from pathlift.experiments.exactness import studies as decided
+from pathlift.experiments.methods import loss_of
+from pathlift.experiments.study import Result, Run, Study, Table, stored
+from pathlift.experiments.summary import Interval, Setting, difference, plain, settings_of
+from pathlift.experiments.sweep import Cell, Place, cell_data, start_of
+
+FILE = "when.json"
+_BATCHES, _CURVATURE_SEEDS = 4, 1
+FIRST = ("path-root", "path-first")  # first powers in place of squares, for Adam's steps
+
+
+def _study(architecture: str, optimizer: str, rates: list[float], **settings: Any) -> Study:
+    given = {
+        "methods": (NONE, CONTINUOUS, *(FIRST if optimizer != "sgd" else ())),
+        "data": ("digits",),
+        "optimizers": (optimizer,),
+        "rates": rates,
+        "seeds": range(5),
+        "epochs": 20,
+        **settings,
+    }
+    return Study("network", {1.0: architecture}, given, None, 1.0)
+
+
+def contrasts() -> dict[str, Study]:
+    """Beside those of the decision: equal widths, norms, convolutions, Adam's own criteria."""
+    code = {"data": ("digits-pixelwise",), "epochs": 40}
+    kaiming = {"initialization": "kaiming-normal"}
+    return {
+        "-equal-sgd": _study("mlp:64-64-64", "sgd", fine(0.667, 2, 2)),
+        "-norm-equal": _study("mlp:64-64-64-64-64-64", "sgd", fine(0.3, 2, 2), norm=True),
+        "-norm-bottleneck": _study("mlp:256-16-256", "sgd", fine(0.3, 2, 2), norm=True),
+        "-classifier-adam": _study("mlp:256-16-256", "adam", fine(0.0081, 2, 2)),
+        "-autoencoder-adam": _study("autoencoder:128-32-8", "adam", fine(0.0054, 2, 2), **code),
+        "-autoencoder-adamw": _study("autoencoder:128-32-8", "adamw", fine(0.0054, 2, 2), **code),
+        "-narrow-code": _study("autoencoder:128-32-2", "sgd", fine(1, 2, 2), **code),
+        "-wide-middle": _study("mlp:16-256-16", "sgd", fine(0.667, 2, 2)),
+        "-convolutional": _study("convolutional:8", "sgd", fine(0.1, 2, 2), **kaiming),
+        "-convolutional-default": _study("convolutional:8", "sgd", fine(0.3, 2, 2)),
+    }
+
+
+def studies(small: bool) -> dict[str, Study]:
+    """Those of the decision (small: the digits' alone) and the contrasts."""
+    return {**decided(small), **contrasts()}
+
+
+def stable_rate_factor(cell: Cell, place: Place) -> float:
+    """Largest stable rate of gradient descent once conditioned (continuous), over that before.
+
+    From the Gauss-Newton matrix's top eigenvalue on the first batches, geometric mean over seeds.
+    """
+    data, _ = cell_data(cell, place)
+    inputs = data.inputs[: _BATCHES * cell.batch]
+    targets = inputs if data.targets is None else data.targets[: len(inputs)]
+    batches = list(zip(inputs.split(cell.batch), targets.split(cell.batch), strict=True))
+    logs, loss = [], loss_of(data)
+    for seed in range(_CURVATURE_SEEDS):
+        after, before = (
+            curvature(start_of(replace(cell, seed=seed, method=m), data).model, batches, loss)
+            for m in (CONTINUOUS, NONE)
+        )
+        logs.append(math.log(after.stable_rate / before.stable_rate))
+    return math.exp(sum(logs) / len(logs))
+
+
+def entry(setting: Setting, cell: Cell, factor: float) -> dict[str, Any]:
+    """What is known of a setting, before training (``factor``: of stable rates) and after."""
+    widths = widths_of(cell.architecture)
+    base = setting.runs[NONE]
+    return {
+        "architecture": setting.architecture,
+        "data": setting.data,
+        "optimizer": setting.optimizer,
+        "batch_norm": cell.norm,
+        "initialization": cell.initialization,
+        "parameters": setting.parameters,
+        "epochs": setting.epochs,
+        "seeds": len(setting.seeds),
+        "rates": setting.rates,
+        "width_ratio": max(widths) / min(widths),
+        "imbalance_before": float(base.imbalance.mean()),
+        "stable_rate_factor": factor,
+        "baseline_rate": rate_of(setting, NONE),
+        "methods": {n: _method(setting, n) for n in setting.runs if n != NONE},
+    }
+
+
+def _method(setting: Setting, name: str) -> dict[str, Any]:
+    base = setting.rates.index(rate_of(setting, NONE))
+    every = range(len(setting.rates))
+    own = rate_of(setting, name)
+    return {
+        "label": LABELS[name],
+        "imbalance_after": float(setting.runs[name].imbalance.mean()),
+        "rate": own,
+        "rate_ratio": own / rate_of(setting, NONE),
+        "own_best_rates": _gain(setting, name, every),
+        "baseline_best_rate": _gain(setting, name, [base]),
+        "smallest_rate": _gain(setting, name, [0]),
+    }
+
+
+def _gain(setting: Setting, name: str, rates: Sequence[int]) -> dict[str, Any]:
+    """The share of the baseline's loss that the method gains, with its interval and its sign."""
+    final = [setting.runs[n].loss[list(rates), :, -1] for n in (name, NONE)]
+    value, interval = difference(final[0], final[1])
+    unit = float(final[1].mean(1).min())
+    share: Interval = None
+    sign = 0
+    if interval is not None and math.isfinite(unit):
+        share = (-interval[1] / unit, -interval[0] / unit)
+        sign = 1 if share[0] > 0 else -1 if share[1] < 0 else 0
+    return {"gain": -value / unit, "interval": share, "sign": sign}
+
+
+def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
+    """Gather every study's setting; write ``when.json``."""
+    entries = []
+    for study in chosen.values():
+        cell = study.cells()[0]
+        settings = settings_of(stored(study, run))
+        run.progress(f"curvature of {cell.architecture}")
+        factor = stable_rate_factor(cell, run.place)
+        entries += [entry(s, cell, factor) for s in settings]
+    text = json.dumps(plain(entries), indent=1)
+    (run.output / FILE).write_text(text + "\n", encoding="utf-8")
+    return Result([], [_table(entries)], _sentences(entries))
+
+
+def _table(entries: Sequence[dict[str, Any]]) -> Table:
+    head = (
+        *("network", "data", "optimizer", "width ratio", "method", "imbalance"),
+        *(
+            "stable rate / baseline's",
+            "best rate / baseline's",
+            "gain, own best rates",
+            "at the baseline's best",
+        ),
+        "at the smallest rate",
+    )
+    lines: list[Sequence[str]] = []
+    for e in entries:
+        network = e["architecture"] + (", batch norm" if e["batch_norm"] else "")
+        for m in e["methods"].values():
+            gains = [m[k] for k in ("own_best_rates", "baseline_best_rate", "smallest_rate")]
+            imbalance = f"{e['imbalance_before']:.3f} → {m['imbalance_after']:.3f}"
+            front = (network, e["data"], e["optimizer"], f"{e['width_ratio']:g}", m["label"])
+            stable = f"{e['stable_rate_factor']:.2g}" if m["label"] == LABELS[CONTINUOUS] else ""
+            rates = (stable, f"{m['rate_ratio']:.2g}")
+            lines.append((*front, imbalance, *rates, *map(_shown, gains)))
+    return Table(head, lines)
+
+
+def _shown(gain: dict[str, Any]) -> str:
+    if not math.isfinite(gain["gain"]):
+        return "diverged"
+    interval = gain["interval"]
+    span = "" if interval is None else f" [{interval[0]:+.0%}, {interval[1]:+.0%}]"
+    return f"{gain['gain']:+.0%}{span}"
+
+
+def _sentences(entries: Sequence[dict[str, Any]]) -> list[str]:
+    found = []
+    for e in entries:
+        m = e["methods"][CONTINUOUS]
+        gain = m["own_best_rates"]
+        what = {1: "a gain", 0: "no difference shown", -1: "a loss"}[gain["sign"]]
+        norm = ", batch norm" if e["batch_norm"] else ""
+        found.append(
+            f"{e['architecture']} on {e['data']}, {e['optimizer']}{norm}, continuous: {what} at "
+            f"own best rates ({_shown(gain)}); imbalance {e['imbalance_before']:.3f} to "
+            f"{m['imbalance_after']:.3f}, best rate {m['rate_ratio']:.2g} times the baseline's."
+        )
+    return found
