@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift.blame import explained, smallest
 from pathlift.capture.inputs import tensors_in
+from pathlift.capture.names import attributes
 from pathlift.capture.program import Inputs, Program, symbols_in
 from pathlift.errors import RangeError, VerificationError
 from pathlift.homes.home import Home
@@ -97,8 +98,10 @@ def outputs(home: Home, program: Program, moved: frozenset[str] = frozenset()) -
                     model.train(mode)
                 torch.manual_seed(0)
                 out = _run(model, one, inputs)
+                own_tensors = attributes(model)
+                follow = {id(own_tensors[n]) for n in program.derived if n in own_tensors}
                 left = tensors_in([vars(m) for m in model.modules()])
-                seen = [*tensors_in(out), *(t for t in left if id(t) not in skipped)]
+                seen = [*tensors_in(out), *(t for t in left if id(t) not in skipped | follow)]
                 found.append([t.detach().clone() for t in seen if t.layout == torch.strided])
             before.restore()
     home.settle()

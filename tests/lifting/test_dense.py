@@ -284,7 +284,7 @@ def test_wide_jacobians_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (nn.GELU(), "'gelu' (in module '1'): it has no paths"),
         (nn.Softmax(-1), "'softmax' (in module '1'): it has no paths"),
-        (nn.ReLU6(), "'hardtanh' (in module '1'): it has no paths"),
+        (nn.ReLU6(), "'hardtanh' (in module '1'): with these bounds"),
         (nn.LayerNorm(4), "'layer_norm' (in module '1'): it has no paths"),
         (nn.BatchNorm1d(4, track_running_stats=False), "it divides by statistics of its input"),
         (Function(lambda m, x: x / x.sum()), "the divisor depends on the inputs or parameters"),

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift import operations
 from pathlift.capture.inputs import as_inputs, describe, doubled, tensors_in
-from pathlift.capture.names import check_model, named_tensors
+from pathlift.capture.names import attributes, check_model, named_tensors
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.record import Fakes, Recorder, ValueNeeded, graph_of, module_paths, users_line
 from pathlift.errors import CaptureError
@@ -57,7 +57,16 @@ def capture(model: nn.Module, example_inputs: object, source: Source | None = No
                 graphs = tuple(session.graphs())
         finally:
             session.release()
-    return Program(graphs, parameters, buffers, aliases, inputs, source, session.examples)
+    return Program(
+        graphs,
+        parameters,
+        buffers,
+        aliases,
+        inputs,
+        source,
+        session.examples,
+        session.derived,
+    )
 
 
 class _Session:
@@ -81,6 +90,10 @@ class _Session:
         self.buffers = buffers
         self.examples: dict[bool, Inputs] = {}
         self.recorders: list[Recorder] = []
+        # Per graph, attributes that forward makes of parameters alone; whether a later call may
+        # read one before it is made again.
+        self.made: list[dict[Symbol, str]] = []
+        self.stale = False
 
     def graphs(self) -> list[Graph]:
         """One graph per mode and per call that differs from the first."""
@@ -90,11 +103,19 @@ class _Session:
         if self.real:
             for mode in modes:
                 self.examples[mode] = self._warm_up(mode, later)
-        found = []
+        found: list[Graph] = []
         with _fake_for_meta(self.model) as fake:
             for mode in modes:
                 found += self._recorded(mode, self.examples[mode], later.get(mode), fake)
+        if self.stale:
+            for graph, made in zip(found, self.made, strict=True):
+                graph.leaving.update(dict.fromkeys(made, "a tensor that forward leaves behind"))
         return found
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """Attributes that every call makes anew of parameters alone."""
+        return frozenset() if self.stale else frozenset(n for m in self.made for n in m.values())
 
     def release(self) -> None:
         """No fake tensor stays behind anywhere."""
@@ -163,13 +184,16 @@ class _Session:
             self.set_mode(mode)
             try:
                 recorder, graph = self._recording(mode, inputs, fake)
+                old = start.replaced() | (start.tensors() - self.before.tensors())
                 unknown = (start.replaced() | recorder.changed()) - self.state
                 if start is not self.before:
                     self._check_settled(start)
             finally:
                 start.restore()
             if not unknown & recorder.read_as_constants():
+                self.stale = self.stale or bool(old & recorder.read_from_outside())
                 return graph
+            self.made.pop()
             self.state |= unknown
         raise CaptureError(
             f"{type(self.model).__name__} can't be captured: every call leaves other tensors "
@@ -201,9 +225,8 @@ class _Session:
             raise self._explained(mode, error) from error
         del args, kwargs
         with _below_autograd(), fake:
-            outputs, leaving = recorder.results(
-                tensors_in(out), tensors_in([vars(m) for m in model.modules()])
-            )
+            outputs, leaving, made = recorder.results(tensors_in(out), attributes(model))
+        self.made.append(made)
         return recorder, graph_of(recorder, mode, symbols, floating(outputs), leaving)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -48,6 +48,16 @@ def named_tensors(
     return parameters, buffers, aliases
 
 
+def attributes(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors in attributes that are no parameters or buffers, by path and attribute."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+
+
 def check_model(model: object, meta: bool = False) -> nn.Module:
     """Raise unless ``model`` is a module with real, initialised, separately stored parameters.
 

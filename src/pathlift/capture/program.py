@@ -210,6 +210,8 @@ class Program:
         source: name -> values, for a model whose parameters are on the meta device.
         examples: mode -> the inputs it was recorded on, where the example inputs did not do (a
             batch of one in train mode).
+        derived: tensors in attributes that every call makes anew of parameters alone (weights of
+            pruned layers): they follow the parameters.
     """
 
     graphs: tuple[Graph, ...]
@@ -219,6 +221,7 @@ class Program:
     inputs: Inputs
     source: Source | None = None
     examples: dict[bool, Inputs] = field(default_factory=dict)
+    derived: frozenset[str] = frozenset()
 
     def value(self, name: str) -> Tensor:
         """The values of a parameter, to be read and then let go; not to be written to."""

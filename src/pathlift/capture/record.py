@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pathlift.capture.aliases import Root, Slot, Step, overwritten
-from pathlift.capture.program import Call, Graph, Symbol, call
+from pathlift.capture.program import Call, Graph, Symbol, call, symbols_in
 from pathlift.errors import CaptureError
 
 # Larger results of operations on constants are not computed: they are unknown.
@@ -172,8 +172,8 @@ class Recorder(TorchDispatchMode):
         return fake, symbol
 
     def results(
-        self, returned: list[Tensor], kept: list[Tensor]
-    ) -> tuple[list[Symbol], dict[Symbol, str]]:
+        self, returned: list[Tensor], kept: Mapping[str, Tensor]
+    ) -> tuple[list[Symbol], dict[Symbol, str], dict[Symbol, str]]:
         """The symbols of what was returned, and of everything else that outlives the run.
 
         A tensor leaves the model by its output, by an attribute, a global, a closure or a cache:
@@ -182,21 +182,52 @@ class Recorder(TorchDispatchMode):
 
         Args:
             returned: tensors in what the model returned.
-            kept: tensors that its modules hold now.
+            kept: tensors that its modules hold now in attributes, by name.
+
+        Returns:
+            symbols of ``returned``; symbol -> why, of all that leaves; and symbol -> attribute, of
+            weights that forward makes of parameters alone (pruned ones), which leave only if a
+            later call reads them.
         """
         outputs = [self._read(t) for t in returned]
-        expected = {id(t) for t in (*returned, *kept)}
+        names = {id(t): n for n, t in kept.items()}
+        expected = {*names, *map(id, returned)}
         if any(id(t) not in expected for t in self._living()):
             gc.collect()  # what only a cycle holds does not leave
         leaving = dict.fromkeys(outputs, "the model's output")
+        made: dict[Symbol, str] = {}
         for tensor in self._living():
-            leaving.setdefault(self._read(tensor), "a tensor that forward leaves behind")
+            symbol = self._read(tensor)
+            if id(tensor) in names and symbol not in leaving and self._of_parameters(symbol):
+                made[symbol] = names[id(tensor)]
+            else:
+                leaving.setdefault(symbol, "a tensor that forward leaves behind")
         slots = [s for _, s in self._external.values()]
         for slot in [*slots, *self._inputs]:
             if slot.root.version and slot.root.value is not None:
                 leaving.setdefault(slot.root.value, f"written into {slot.root.external}")
         self._pin_shared_memory(leaving)
-        return outputs, leaving
+        return outputs, leaving, made
+
+    def read_from_outside(self) -> set[int]:
+        """Ids of the tensors that were there before the run and that it has read."""
+        return set(self._external)
+
+    def _of_parameters(self, symbol: Symbol) -> bool:
+        """Whether a value depends on parameters and constants alone."""
+        made_by = {s: c for c in self.calls for s in symbols_in(c.outputs)}
+        waiting, seen = [symbol], {symbol}
+        while waiting:
+            one = waiting.pop()
+            if one in made_by:
+                new = set(symbols_in(made_by[one].arguments)) - seen
+                if not new and not list(symbols_in(made_by[one].arguments)):
+                    return False  # a random draw, or memory without values
+                seen |= new
+                waiting += new
+            elif one not in self.constants and one not in self.tensors:
+                return False
+        return True
 
     def release(self) -> None:
         """Put real tensors in place of what forward has left in globals, closures and caches.
@@ -319,7 +350,7 @@ class Recorder(TorchDispatchMode):
             names = {a.name for a in target._schema.arguments}
             arguments = {k: v for k, v in arguments.items() if k in names}
         self._append(target, plan.name, arguments, layout, several)
-        symbols = list(_symbols(layout))
+        symbols = list(symbols_in(layout))
         if target is func and not mutated:
             for tensor, symbol in zip(flat, symbols, strict=True):
                 self._place(plan, bound, tensor, symbol, result)
@@ -574,14 +605,6 @@ def _tensors(nested: Any) -> Iterator[Tensor]:
     elif isinstance(nested, (list, tuple)):
         for value in nested:
             yield from _tensors(value)
-
-
-def _symbols(nested: Any) -> Iterator[Symbol]:
-    if isinstance(nested, Symbol):
-        yield nested
-    elif isinstance(nested, (list, tuple)):
-        for value in nested:
-            yield from _symbols(value)
 
 
 def _mapped(nested: Any, function: Callable[[Tensor], Any]) -> Any:

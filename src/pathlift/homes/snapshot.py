@@ -181,6 +181,10 @@ class Snapshot:
                 found.append(Change(place.path, place.attribute, "tensor written in place"))
         return list(dict.fromkeys(found))
 
+    def tensors(self) -> set[int]:
+        """Ids of the tensors that it remembers."""
+        return set(self._tensors)
+
     def written(self) -> set[int]:
         """Ids of the tensors whose values were written."""
         return {i for i, (state, _) in self._tensors.items() if state.written(self._memory)}
