@@ -17,7 +17,7 @@ from pathlift.extents import extent_bounds
 from pathlift.lifting.squared import lifted_pass
 from pathlift.solve.assemble import assemble_from
 from pathlift.solve.matrix import Dense
-from pathlift.solve.problem import Operator
+from pathlift.solve.operator import Operator
 from pathlift.symmetry.group import infer_group
 from pretend import Accelerator, Pretend, moved_model, moved_program
 
@@ -81,13 +81,13 @@ def test_scales_are_those_of_the_host(
     program, group = capture(model, x), infer_group(capture(model, x))
     lower, upper = extent_bounds(group, _finite_extents(group, program.parameters, program.buffers))
     chosen = CRITERIA[criterion]
-    expected, _ = assemble_from(group, chosen, program, lower, upper)
+    expected, _ = assemble_from(group, chosen, program, lower=lower, upper=upper)
     there = moved_program(program)
     with Accelerator() as accelerator:
         extents = _finite_extents(group, there.parameters, there.buffers)
         for one, other in zip((lower, upper), extent_bounds(group, extents), strict=True):
             np.testing.assert_array_equal(one, other)
-        found, _ = assemble_from(group, chosen, there, lower, upper)
+        found, _ = assemble_from(group, chosen, there, lower=lower, upper=upper)
         solution, scales = choose_scales(found.operator, "newton", 1e-8, True)
     assert accelerator.transfers
     assert found.problem.count == expected.problem.count
@@ -119,7 +119,7 @@ def test_a_product_is_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     lower, upper = np.full(group.num_scales, -9.0), np.full(group.num_scales, 9.0)
     with Accelerator():
         there = moved_program(program)
-        found, _ = assemble_from(group, CRITERIA["path-kernel"], there, lower, upper)
+        found, _ = assemble_from(group, CRITERIA["path-kernel"], there, lower=lower, upper=upper)
         operator = Operator(found.problem)
         point = np.zeros(group.num_scales)
         assert sum(isinstance(m, Dense) for m in operator.sources) > 1

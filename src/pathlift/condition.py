@@ -26,9 +26,8 @@ from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError, VerificationError
 from pathlift.extents import Extent, extent_bounds, extents
 from pathlift.report import ConditioningReport
-from pathlift.solve import Operator, Solution, solve, value
+from pathlift.solve import Operator, Solution, round_scales, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
-from pathlift.solve.integer import round_scales
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.training.optimizers import Optimizers
 
@@ -150,7 +149,9 @@ class Conditioner:
         self._seconds = {}
         with timed(seconds, "criterion"):
             lower, upper = extent_bounds(group, known)
-            assembled, approximated = assemble_from(group, chosen, program, lower, upper)
+            assembled, approximated = assemble_from(
+                group, chosen, program, lower=lower, upper=upper
+            )
         with timed(seconds, "solve"):
             solution, scales = choose_scales(assembled.operator, solver, tol, exact)
             scales = sharded.from_first(scales, self._groups, self._device())
@@ -239,7 +240,7 @@ def summarised(
         unsupported=group.unsupported,
         approximated=approximated,
         seconds=seconds,
-        passes=solution.matvecs,
+        passes=solution.passes,
         reduced_bytes=sum(b.matrix.nbytes for b in assembled.problem.blocks),
     )
 

@@ -128,7 +128,7 @@ def condition_checkpoint(
             lower, upper = extent_bounds(group, extents)
             values.phase = "criterion"
             assembled, approximated = assemble_from(
-                group, chosen, program, lower, upper, scratch.store
+                group, chosen, program, lower=lower, upper=upper, store=scratch.store
             )
         with timed(seconds, "solve"):
             report("solving", 0, 0)

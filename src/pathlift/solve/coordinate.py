@@ -40,17 +40,8 @@ import numpy as np
 from scipy import optimize, sparse
 
 from pathlift.solve.matrix import Array, BoolArray
-from pathlift.solve.problem import (
-    LN2,
-    Evaluation,
-    IntArray,
-    Operator,
-    Problem,
-    Solution,
-    certificate,
-    operator_of,
-    solution,
-)
+from pathlift.solve.operator import Evaluation, Operator, certificate, operator_of, solution
+from pathlift.solve.problem import LN2, IntArray, Problem, Solution
 
 # No scale moves further than this in one step (log2 units); sweeps continue from there.
 _MAX_MOVE = 150.0

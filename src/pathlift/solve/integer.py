@@ -6,19 +6,13 @@ import numpy as np
 
 from pathlift.solve.coordinate import independent_sets
 from pathlift.solve.matrix import Array
-from pathlift.solve.problem import (
-    LN2,
-    Evaluation,
-    IntArray,
-    Operator,
-    Problem,
-    operator_of,
-)
+from pathlift.solve.operator import Evaluation, Operator, operator_of
+from pathlift.solve.problem import LN2, IntArray, Problem
 
 _MAX_SWEEPS = 20
 
 
-def round_scales(problem: Problem | Operator, point: Array) -> IntArray:
+def nearby_integers(problem: Problem | Operator, point: Array) -> IntArray:
     """Integer scales within the bounds, ``(H,)`` int64, with F not above that of plain rounding.
 
     Starts at the nearest integers and moves single scales by one while that lowers F. The scales
@@ -33,8 +27,6 @@ def round_scales(problem: Problem | Operator, point: Array) -> IntArray:
     fixed = low > high  # no integer between the bounds: the nearest one to the point
     rounded = np.rint(point)
     start = np.where(fixed, rounded, np.clip(rounded, low, high))
-    if problem.reduction == "max":
-        return start.astype(np.int64)
     at = operator.evaluate(start)
     if operator.empty or problem.count == 0:
         return start.astype(np.int64)

@@ -35,8 +35,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pathlift.solve.matrix import Array
+from pathlift.solve.operator import Evaluation, Operator, certificate
 from pathlift.solve.preconditioner import preconditioner
-from pathlift.solve.problem import LN2, Evaluation, Operator, certificate
+from pathlift.solve.problem import LN2
 
 _CLOSE_BITS = 12.0
 _CLOSE_SLOPE = 1e-4
@@ -147,9 +148,7 @@ def _model_minimiser(operator: Operator, at: Evaluation) -> Array:
     return np.clip(at.point + d, problem.lower, problem.upper)
 
 
-def _model_step(
-    model: _Model, d: Array, power: float, level: int
-) -> tuple[Array, float, int]:
+def _model_step(model: _Model, d: Array, power: float, level: int) -> tuple[Array, float, int]:
     """A damped Newton step of the model: the new displacement, the bits it moved a form by, and
     the damping it took (tried from ``level`` on)."""
     operator, problem = model.operator, model.operator.problem

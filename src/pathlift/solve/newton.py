@@ -21,17 +21,9 @@ import torch
 from pathlift.solve.coordinate import sweep
 from pathlift.solve.matrix import Array, BoolArray, power
 from pathlift.solve.model import DAMPING, first_point
+from pathlift.solve.operator import Evaluation, Operator, certificate, operator_of, solution
 from pathlift.solve.preconditioner import Precondition, preconditioner
-from pathlift.solve.problem import (
-    LN2,
-    Evaluation,
-    Operator,
-    Problem,
-    Solution,
-    certificate,
-    operator_of,
-    solution,
-)
+from pathlift.solve.problem import LN2, Problem, Solution
 
 # A step changes no form by more than this many bits.
 _MAX_FORM_STEP = 40.0
@@ -95,7 +87,7 @@ def _through_roots(operator: Operator, at: Evaluation) -> Evaluation:
         lower = Operator(_power(problem, 0.5**k))
         bounded = np.clip(2.0 * point, lower.problem.lower, lower.problem.upper)
         point = _descend(lower, lower.evaluate(bounded), 1e-4, _PATIENCE)[0].point
-        operator.pairs += lower.pairs
+        operator.passes += lower.passes
     trial = operator.evaluate(np.clip(2.0 * point, problem.lower, problem.upper))
     return trial if trial.objective < at.objective else at
 

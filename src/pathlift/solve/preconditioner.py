@@ -19,7 +19,7 @@ from scipy import sparse
 from scipy.sparse import linalg as _sparse_linalg
 
 from pathlift.solve.matrix import Array, BoolArray
-from pathlift.solve.problem import Operator
+from pathlift.solve.operator import Operator
 
 Precondition = Callable[[Array], Array]
 
@@ -103,7 +103,7 @@ def _local(operator: Operator, weights: Array, free: BoolArray) -> _Local:
         meets = alive & (np.diff(matrix.indptr) > 1)
         kept = np.flatnonzero(meets)
         inner = sparse.csc_array(matrix[kept][:, kept])
-        if kept.size and inner.nnz <= _SPARSE * kept.size:
+        if kept.size and inner.nnz <= _SPARSE * np.count_nonzero(alive):
             with suppress(RuntimeError):  # singular in spite of the ridge
                 factors = _sparse_linalg.splu(
                     inner,
