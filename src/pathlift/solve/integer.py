@@ -12,7 +12,7 @@ import numpy as np
 from scipy import sparse
 
 from pathlift.solve.coordinate import independent_sets
-from pathlift.solve.matrix import Array
+from pathlift.solve.matrix import Array, BoolArray
 from pathlift.solve.operator import Evaluation, Operator, operator_of
 from pathlift.solve.problem import LN2, IntArray, Problem
 
@@ -46,7 +46,7 @@ def nearby_integers(problem: Problem | Operator, point: Array) -> IntArray:
 
 
 def _move_scales(
-    operator: Operator, at: Evaluation, low: Array, high: Array, fixed: Array
+    operator: Operator, at: Evaluation, low: Array, high: Array, fixed: BoolArray
 ) -> Evaluation:
     """Move single scales by one while that lowers F.
 
@@ -130,7 +130,7 @@ def _move_layers(operator: Operator, at: Evaluation, low: Array, high: Array) ->
         return None
     room = _room(at.point, low, high, place)
     slope = 2.0 * LN2 * (member.T @ problem.linear) @ moves.T
-    factors = np.exp2(-2.0 * (exponents @ moves.T))  # (kinds, moves)
+    factors = np.asarray(np.exp2(-2.0 * (exponents @ moves.T)))  # (kinds, moves)
     offset = np.zeros(member.shape[1])
     for _ in range(_MAX_MOVES):
         allowed = ((offset + moves >= -room[0]) & (offset + moves <= room[1])).all(axis=1)
@@ -172,7 +172,8 @@ def _kinds(operator: Operator, at: Evaluation, member: sparse.csr_array) -> tupl
 
 def _tally(kind: IntArray, weights: Array) -> tuple[IntArray, Array]:
     found, index = np.unique(kind, return_inverse=True)
-    return found, np.bincount(index.reshape(-1), weights, minlength=found.size)
+    sums = np.bincount(index.reshape(-1), weights, minlength=found.size)
+    return found, np.asarray(sums, dtype=np.float64)
 
 
 def _moves(exponents: Array) -> Array:
