@@ -28,6 +28,8 @@ from pathlift.solve.problem import LN2, Problem, Solution
 # A step changes no form by more than this many bits.
 _MAX_FORM_STEP = 40.0
 _MAX_CG = 60
+# The error of the scales, in bits per tol, at which a point counts as arrived.
+_SETTLED = 30.0
 # After this many steps the problem is approached through its square roots.
 _PATIENCE = 25
 
@@ -54,17 +56,28 @@ def newton(problem: Problem | Operator, tol: float = 1e-8, max_iterations: int =
 def _descend(
     operator: Operator, at: Evaluation, tol: float, iterations: int
 ) -> tuple[Evaluation, int]:
-    """Newton steps (a coordinate sweep where one fails) to ``tol``: the best point, steps taken."""
+    """Newton steps (a coordinate sweep where one fails) to ``tol``: the best point, steps taken.
+
+    A scale with a small share of the entries has a small slope also far from its optimum. So the
+    steps go on until what the last one left, of second order in it, is below ``_SETTLED`` tol.
+    """
     problem = operator.problem
     best = at
+    left = np.inf
     for iteration in range(iterations):
-        if certificate(problem, at) <= tol:
+        norm = certificate(problem, at)
+        if norm <= tol and left <= _SETTLED * tol:
             return at, iteration
-        trial = _newton_step(operator, at, tol)
+        accuracy = max(min(0.1, norm**0.5), min(0.3 * tol / norm, 0.1)) if norm > tol else 1e-3
+        trial = _newton_step(operator, at, accuracy)
+        if trial is None and norm <= tol:
+            return at, iteration
         if trial is None:
             trial = sweep(operator, at)
             if trial.objective >= at.objective and not _better(problem, trial, at):
                 return best, iteration
+        moved = float(np.abs(operator.forms @ (trial.point - at.point)).max(initial=0.0))
+        left = moved * max(accuracy, moved)
         at = trial
         if at.objective < best.objective or _better(problem, at, best):
             best = at
@@ -122,13 +135,11 @@ def _linear_only(operator: Operator, at: Evaluation, tol: float) -> Solution:
 # -- one step ----------------------------------------------------------------------------------
 
 
-def _newton_step(operator: Operator, at: Evaluation, tol: float) -> Evaluation | None:
+def _newton_step(operator: Operator, at: Evaluation, accuracy: float) -> Evaluation | None:
     """A truncated Newton step on the free scales with a line search; None without progress."""
     problem = operator.problem
     free, snap = _free(problem, at)
     g = np.where(free, at.gradient, 0.0)
-    norm = certificate(problem, at)
-    accuracy = max(min(0.1, norm**0.5), min(0.3 * tol / norm, 0.1))
     scale = 4 * LN2**2 * problem.count
     apply = preconditioner(operator, at.weights, at.mean, free, scale)
     direction = _conjugate_gradients(operator, at, -g, free, apply, accuracy)
