@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--criterion", default="path-kernel")
     sub.add_argument("--solver", default="newton", help="newton or coordinate")
-    sub.add_argument("--tol", type=float, default=1e-8)
+    sub.add_argument("--tol", type=float)
     sub.add_argument("--batch-norm", choices=("pinned", "invariant"), default="pinned")
     sub.add_argument("--no-exact", action="store_true", help="continuous scales, not powers of two")
     sub = command("norms", _norms, "Path norms and the imbalance of the path kernel.")

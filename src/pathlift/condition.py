@@ -40,7 +40,7 @@ def condition_(
     exact: bool = True,
     optimizer: Optimizers = None,
     solver: str = "newton",
-    tol: float = 1e-8,
+    tol: float | None = None,
     verify: bool = True,
     batch_norm: str = "pinned",
     reference: Mapping[str, Tensor] | None = None,
@@ -65,7 +65,8 @@ def condition_(
         optimizer: optimiser, or a list of them, whose state is carried along (mid-training use;
             see :mod:`pathlift.training.optimizers`).
         solver: ``"newton"`` or ``"coordinate"`` (the published algorithm).
-        tol: bound on the certificate ``max |dF/ds| / p``.
+        tol: bound on the certificate ``max |dF/ds| / p`` (1e-8 if None; for ranges the largest
+            ``|log2(range in / range out)|``, 0.05 if None).
         verify: run the model before and after and compare the outputs.
         batch_norm: ``"pinned"`` or ``"invariant"`` (also rescale in front of batch norms, with
             their running statistics; exact up to ``eps``, so outputs change slightly); see
@@ -131,7 +132,7 @@ class Conditioner:
         exact: bool = True,
         optimizer: Optimizers = None,
         solver: str = "newton",
-        tol: float = 1e-8,
+        tol: float | None = None,
         verify: bool = True,
         reference: Mapping[str, Tensor] | None = None,
     ) -> ConditioningReport:
@@ -203,7 +204,7 @@ class Conditioner:
 
 
 def choose_scales(
-    operator: Operator, solver: str, tol: float, exact: bool
+    operator: Operator, solver: str, tol: float | None, exact: bool
 ) -> tuple[Solution, NDArray[Any]]:
     """The continuous solution, and the scales to apply: int64 if exact, else float64."""
     solution = solve(operator, solver, tol)
@@ -256,7 +257,8 @@ def check_arguments(exact: object, optimizer: object, tol: object, verify: objec
     for name, flag in (("exact", exact), ("verify", verify)):
         if not isinstance(flag, bool):
             raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
+    given = tol is not None
+    if given and (isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1):
         raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
     several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     for one in several:

@@ -62,7 +62,7 @@ def condition_checkpoint(
     criterion: str | Criterion = "path-kernel",
     exact: bool = True,
     solver: str = "newton",
-    tol: float = 1e-8,
+    tol: float | None = None,
     batch_norm: str = "pinned",
     progress: Progress | None = None,
 ) -> ConditioningReport:
