@@ -1,9 +1,9 @@
 """Integer scales next to the continuous optimum: powers of two rescale without rounding.
 
-Two neighbourhoods in turns, until neither lowers F. *Layers*: all scales of a layer, or of two
-layers that share entries, by one together. Where a net's initial scale is off by half a bit per
-layer, all of a layer rounds the same way, and no single scale can turn back alone. *Scales*: single
-ones by one.
+Two neighbourhoods in turns, until neither lowers F. *Layers*: the scales of a layer that were
+rounded one way, or those of two layers that share entries, by one together. Where a net's initial
+scale is off by half a bit per layer, most of a layer rounds the same way, and no single scale can
+turn back alone. *Scales*: single ones by one.
 """
 
 from __future__ import annotations
@@ -29,17 +29,26 @@ def nearby_integers(problem: Problem | Operator, point: Array) -> IntArray:
     problem = operator.problem
     low, high = np.ceil(problem.lower), np.floor(problem.upper)
     fixed = low > high  # no integer between the bounds: the nearest one to the point
-    rounded = np.rint(point)
-    start = np.where(fixed, rounded, np.clip(rounded, low, high))
-    at = operator.evaluate(start)
+    starts = [np.where(fixed, p, np.clip(p, low, high)) for p in (np.rint(point), 0.0 * point)]
     if operator.empty or problem.count == 0:
-        return start.astype(np.int64)
+        return starts[0].astype(np.int64)
+    nearest, stay = (operator.evaluate(start) for start in starts)
+    at = _searched(operator, nearest, point, low, high, fixed)
+    if stay.objective < at.objective:
+        at = _searched(operator, stay, point, low, high, fixed)
+    return np.rint(at.point).astype(np.int64)
+
+
+def _searched(
+    operator: Operator, at: Evaluation, exact: Array, low: Array, high: Array, fixed: BoolArray
+) -> Evaluation:
+    """Both neighbourhoods in turns."""
     for turn in range(_MAX_TURNS):
-        trial = _move_layers(operator, at, low, high)
+        trial = _move_layers(operator, at, exact, low, high)
         if trial is None and turn > 0:
             break
         at = _move_scales(operator, at if trial is None else trial, low, high, fixed)
-    return np.rint(at.point).astype(np.int64)
+    return at
 
 
 # -- single scales -----------------------------------------------------------------------------
@@ -108,24 +117,26 @@ def _exact(count: int, total: Array, change: Array) -> Array:
 # -- layers ------------------------------------------------------------------------------------
 
 
-def _move_layers(operator: Operator, at: Evaluation, low: Array, high: Array) -> Evaluation | None:
-    """Move layers and pairs of layers by one while F falls; None if it does not.
+def _move_layers(
+    operator: Operator, at: Evaluation, exact: Array, low: Array, high: Array
+) -> Evaluation | None:
+    """Move groups, and pairs of them, by one while F falls; None if it does not.
 
-    Moved together, the scales of layers change all entries of one kind by one factor, so a few
-    shares of T say what F becomes: no product with a matrix but the last, which confirms it. (The
-    share of a part of a matrix is taken as its rows' times its columns'.)
+    A group: the scales of a layer that stand above ``exact``, or those that do not. Moved together
+    they change all entries of one kind by one factor, so a few shares of T say what F becomes: no
+    product with a matrix but the last, which confirms it. (The share of a part of a matrix is
+    taken as its rows' times its columns'.)
     """
     problem = operator.problem
     movable = problem.lower < problem.upper
     if not movable.any():
         return None
-    _, layer = np.unique(problem.layers[movable], return_inverse=True)
-    place = (np.flatnonzero(movable), layer.reshape(-1))
-    member = sparse.csr_array(
-        (np.ones(layer.size), place), shape=(movable.size, int(layer.max()) + 1)
-    )
+    above = (at.point > exact)[movable]
+    names, group = np.unique(2 * problem.layers[movable] + above, return_inverse=True)
+    place = (np.flatnonzero(movable), group.reshape(-1))
+    member = sparse.csr_array((np.ones(group.size), place), shape=(movable.size, names.size))
     exponents, shares = _kinds(operator, at, member)
-    moves = _moves(exponents)
+    moves = _moves(exponents, names // 2)
     if moves.size * exponents.shape[0] > _MAX_TABLE * exponents.shape[1]:
         return None
     room = _room(at.point, low, high, place)
@@ -148,7 +159,7 @@ def _move_layers(operator: Operator, at: Evaluation, low: Array, high: Array) ->
 
 
 def _kinds(operator: Operator, at: Evaluation, member: sparse.csr_array) -> tuple[Array, Array]:
-    """Exponents ``(kinds, layers)`` of entries under moves of layers, and their shares of T."""
+    """Exponents ``(kinds, groups)`` of entries under moves of groups, and their shares of T."""
     forms = sparse.csr_array(operator.forms @ member)
     key = forms @ np.random.default_rng(0).standard_normal(member.shape[1])
     _, first, kind = np.unique(np.round(key, 9), return_index=True, return_inverse=True)
@@ -176,10 +187,12 @@ def _tally(kind: IntArray, weights: Array) -> tuple[IntArray, Array]:
     return found, np.asarray(sums, dtype=np.float64)
 
 
-def _moves(exponents: Array) -> Array:
-    """``(moves, layers)``: every layer by one up or down, and every pair that shares entries."""
+def _moves(exponents: Array, layer: IntArray) -> Array:
+    """``(moves, groups)``: every group by one up or down, and pairs of one layer or of two that
+    share entries."""
     met = exponents != 0
-    together = np.triu(met.T.astype(np.float64) @ met, 1) > 0
+    meets = (met.T.astype(np.float64) @ met > 0) | (layer[:, None] == layer)
+    together = np.triu(meets, 1)
     first, second = np.nonzero(together)
     single = np.eye(exponents.shape[1])
     same = single[first] + single[second]
@@ -190,7 +203,7 @@ def _moves(exponents: Array) -> Array:
 def _room(
     point: Array, low: Array, high: Array, place: tuple[IntArray, IntArray]
 ) -> tuple[Array, Array]:
-    """How far each layer may move down and up."""
+    """How far each group may move down and up."""
     scales, layer = place
     down, up = np.full(int(layer.max()) + 1, np.inf), np.full(int(layer.max()) + 1, np.inf)
     np.minimum.at(down, layer, (point - low)[scales])
