@@ -30,7 +30,9 @@ _spec.loader.exec_module(dense)
 
 
 def mlp(*widths: int) -> nn.Sequential:
-    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [
+        m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())
+    ]
     return nn.Sequential(*layers[:-1])
 
 
@@ -117,7 +119,9 @@ def test_scales_at_their_bounds_are_listed_and_named() -> None:
     room = np.full(group.num_scales, 50.0)
     tight = np.where(np.arange(group.num_scales) < 8, 0.01, 50.0)
     for upper, expected in ((room, {}), (tight, {"0.weight": 8})):
-        assembled, _ = assemble_from(group, CRITERIA["path-kernel"], program, lower=-upper, upper=upper)
+        assembled, _ = assemble_from(
+            group, CRITERIA["path-kernel"], program, lower=-upper, upper=upper
+        )
         found = solve(assembled.operator)
         assert found.converged
         assert assembled.where(found.at_bounds) == expected
@@ -182,13 +186,17 @@ def test_layers_that_are_half_a_bit_off_are_rounded_as_wholes(seed: int) -> None
     assembled, _ = assemble_from(group, CRITERIA["path-kernel"], program, lower=-free, upper=free)
     best = solve(assembled.operator).log2_scales
     rounded = round_scales(assembled.operator, best)
-    start, exact, whole = (assembled.imbalance(s) for s in (0.0 * best, best, rounded.astype(float)))
+    start, exact, whole = (
+        assembled.imbalance(s) for s in (0.0 * best, best, rounded.astype(float))
+    )
     assert (start - whole) / (start - exact) > 0.65
 
 
 def test_rounding_is_never_worse_than_staying() -> None:
     for bits in (-1.6, -2.6, 1.6):
-        problem = dense.mlp([40] * 4 + [2], 0, 0.02, False, lambda k, b=bits: 4.0**b if k == 3 else 1.0)
+        problem = dense.mlp(
+            [40] * 4 + [2], 0, 0.02, False, lambda k, b=bits: 4.0**b if k == 3 else 1.0
+        )
         operator = Operator(problem)
         rounded = round_scales(operator, newton(operator).log2_scales)
         assert operator.total(rounded.astype(float)) <= operator.total(np.zeros(problem.num_scales))
