@@ -17,7 +17,7 @@ from pathlift.lifting.lifted import lifted_pass
 from pathlift.solve.assemble import assemble_from
 from pathlift.solve.bounds import extent_bounds
 from pathlift.solve.matrix import Dense
-from pathlift.solve.problem import Operator
+from pathlift.solve.operator import Operator
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent, extents
 from pretend import Accelerator, Pretend, moved_model, moved_program
@@ -87,14 +87,14 @@ def test_scales_are_those_of_the_host(
     program, group = capture(model, x), infer_group(capture(model, x))
     lower, upper = extent_bounds(group, extents_of(group, program))
     chosen = CRITERIA[criterion]
-    expected, _ = assemble_from(group, chosen, program, lower, upper)
+    expected, _ = assemble_from(group, chosen, program, lower=lower, upper=upper)
     there = moved_program(program)
     with Accelerator() as accelerator:
         for one, other in zip(
             (lower, upper), extent_bounds(group, extents_of(group, there)), strict=True
         ):
             np.testing.assert_array_equal(one, other)
-        found, _ = assemble_from(group, chosen, there, lower, upper)
+        found, _ = assemble_from(group, chosen, there, lower=lower, upper=upper)
         solution, scales = choose_scales(found.operator, "newton", 1e-8, True)
     assert accelerator.transfers
     assert found.problem.count == expected.problem.count
@@ -126,7 +126,7 @@ def test_a_product_is_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     lower, upper = np.full(group.num_scales, -9.0), np.full(group.num_scales, 9.0)
     with Accelerator():
         there = moved_program(program)
-        found, _ = assemble_from(group, CRITERIA["path-kernel"], there, lower, upper)
+        found, _ = assemble_from(group, CRITERIA["path-kernel"], there, lower=lower, upper=upper)
         operator = Operator(found.problem)
         point = np.zeros(group.num_scales)
         assert sum(isinstance(m, Dense) for m in operator.sources) > 1

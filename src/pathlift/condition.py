@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
+from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError
 from pathlift.homes.home import Home
 from pathlift.homes.sharded import home_of
+from pathlift.lifting.samples import variance_room
 from pathlift.report import ConditioningReport, moves_of
-from pathlift.solve import Operator, Solution, solve, value
+from pathlift.solve import Operator, Solution, round_scales, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
-from pathlift.solve.integer import round_scales
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
 from pathlift.tensors.state import Optimizers
@@ -34,11 +35,12 @@ def condition_(
     example_inputs: object,
     *,
     criterion: str | Criterion | Mapping[str, Tensor] = "path-kernel",
-    exact: bool = True,
+    exact: bool | None = None,
     optimizer: Optimizers = None,
     solver: str = "newton",
-    tol: float = 1e-8,
+    tol: float | None = None,
     verify: bool = True,
+    on_nothing: str = "warn",
     batch_norm: str = "pinned",
     reference: Mapping[str, Tensor] | None = None,
 ) -> ConditioningReport:
@@ -58,12 +60,16 @@ def condition_(
             ``fisher(model, batches, loss)``), or a mapping of parameter name to coefficients
             ``g``, for which the same F is minimised.
         exact: round the scales to integers, so that every output keeps all its bits. Otherwise
-            the continuous optimum is applied and outputs change by rounding errors.
+            the continuous optimum is applied and outputs change by rounding errors (a relative
+            change above 1e-5 in float32 fails, and restores the model). None: what serves the
+            criterion (continuous for ``"range"``, else powers of two).
         optimizer: optimiser, or a list of them, whose state is carried along (mid-training use;
             see :mod:`pathlift.tensors.state`).
         solver: ``"newton"`` or ``"coordinate"`` (the published algorithm).
-        tol: bound on the certificate ``max |dF/ds| / p``.
-        verify: run the model before and after and compare the outputs.
+        tol: bound on the certificate ``max |dF/ds| / p`` (1e-8 if None; for ranges the largest
+            ``|log2(range in / range out)|``, 0.05 if None).
+        verify: run the model before and after, in both modes, and compare all that it shows.
+        on_nothing: ``"warn"``, ``"error"`` or ``"ignore"`` where the call can change nothing.
         batch_norm: ``"pinned"`` or ``"invariant"`` (also rescale in front of batch norms, with
             their running statistics; exact up to ``eps``, so outputs change slightly); see
             :func:`pathlift.rescaling_group`.
@@ -76,12 +82,12 @@ def condition_(
     Raises:
         ArgumentError: an argument has the wrong type or value.
         CaptureError: the model can't be captured.
-        VerificationError: exact, and the outputs differ; the model is as before.
+        VerificationError: the outputs differ by more than they may; the model is as before.
 
     In every case of failure the model is unchanged.
     """
     chosen = as_criterion(criterion, reference)
-    settings = Settings(chosen, exact, solver, tol, optimizer, verify)
+    settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
     return Conditioner(model, example_inputs, batch_norm=batch_norm)._conditioned(settings)
 
 
@@ -107,11 +113,12 @@ class Conditioner:
         self,
         *,
         criterion: str | Criterion | Mapping[str, Tensor] = "path-kernel",
-        exact: bool = True,
+        exact: bool | None = None,
         optimizer: Optimizers = None,
         solver: str = "newton",
-        tol: float = 1e-8,
+        tol: float | None = None,
         verify: bool = True,
+        on_nothing: str = "warn",
         reference: Mapping[str, Tensor] | None = None,
     ) -> ConditioningReport:
         """Condition the model as it is now; arguments, report and errors as :func:`condition_`.
@@ -119,7 +126,8 @@ class Conditioner:
         The report's seconds of capture and symmetry stand in the first report only.
         """
         chosen = as_criterion(criterion, reference)
-        return self._conditioned(Settings(chosen, exact, solver, tol, optimizer, verify))
+        settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
+        return self._conditioned(settings)
 
     def _conditioned(self, settings: Settings) -> ConditioningReport:
         """:meth:`condition_` with its arguments as one object."""
@@ -164,13 +172,15 @@ def condition_home(
     seconds = {"capture": 0.0, "symmetry": 0.0} | seconds
     with timed(seconds, "criterion"):
         extents = finite_extents(home, program, group)
-        lower, upper = extent_bounds(group, extents)
+        room = variance_room(program) if known.batch_norm == "invariant" else {}
+        lower, upper = extent_bounds(group, extents, room)
         assembled, approximated = assemble_from(
-            group, settings.criterion, program, lower, upper, home.store
+            group, settings.criterion, program, lower=lower, upper=upper, store=home.store
         )
+        announce(nothing(group, assembled), settings.on_nothing)
     with timed(seconds, "solve"):
         solution, scales = choose_scales(
-            assembled.operator, settings.solver, settings.tol, settings.exact
+            assembled.operator, settings.solver, settings.tol, settings.rounds
         )
         scales = home.agree(scales)
     with timed(seconds, "verify"):
@@ -182,11 +192,14 @@ def condition_home(
         change = None
         if before is not None:
             pinned = known.batch_norm == "pinned"
-            exact = settings.exact and pinned
+            exact = settings.rounds and pinned
             # Statistics that move along are exact up to the norm's eps only.
             slack = 1.0 if pinned else 100.0
             change = compared(Applied(home, program, group, scales, undo, exact, slack), before)
-    return summarised(group, assembled, solution, scales, approximated, change, seconds)
+    behind = behind_stand_ins(program, approximated)
+    warned = cautions(group, program, assembled, solution, scales, behind)
+    report = summarised(group, assembled, solution, scales, approximated, change, seconds)
+    return replace(report, warnings=warned, behind_stand_ins=behind)
 
 
 def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[str, Extent]:
@@ -211,17 +224,30 @@ class Settings:
     """
 
     criterion: Criterion
-    exact: bool = True
+    exact: bool | None = None
     solver: str = "newton"
-    tol: float = 1e-8
+    tol: float | None = None
     optimizer: Optimizers = None
     verify: bool = True
+    on_nothing: str = "warn"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether scales are rounded to integers."""
+        return self.criterion.exact if self.exact is None else self.exact
 
     def __post_init__(self) -> None:
-        for name, flag in (("exact", self.exact), ("verify", self.verify)):
+        flags: dict[str, object] = {"verify": self.verify}
+        if self.exact is not None:
+            flags["exact"] = self.exact
+        for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
-        tol: object = self.tol
+        if self.on_nothing not in ("warn", "error", "ignore"):
+            raise ArgumentError(
+                f"on_nothing must be 'warn', 'error' or 'ignore'; found {self.on_nothing!r}."
+            )
+        tol: object = 0.5 if self.tol is None else self.tol
         if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
             raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
         several = self.optimizer if isinstance(self.optimizer, (list, tuple)) else [self.optimizer]
@@ -234,7 +260,7 @@ class Settings:
 
 
 def choose_scales(
-    operator: Operator, solver: str, tol: float, exact: bool
+    operator: Operator, solver: str, tol: float | None, exact: bool
 ) -> tuple[Solution, NDArray[Any]]:
     """The continuous solution, and the scales to apply: int64 if exact, else float64."""
     solution = solve(operator, solver, tol)
@@ -271,7 +297,7 @@ def summarised(
         unsupported=group.unsupported,
         approximated=approximated,
         seconds=seconds,
-        passes=solution.matvecs,
+        passes=solution.passes,
         reduced_bytes=sum(b.matrix.nbytes for b in assembled.problem.blocks),
         moves=moves_of(group, scales),
     )

@@ -206,6 +206,7 @@ class ConditioningReport:
         converged: whether the certificate is at most the tolerance asked for. If not, the scales
             are those of the best point found: no worse than none, and not the optimum.
         warnings: what to know before training with this, in words.
+        behind_stand_ins: trainable parameter entries in front of operations without paths.
         moves: how every parameter moved, for tables and pictures.
         diagonal: of the coefficients, by parameter name, where :meth:`with_diagonal` added it.
     """
@@ -226,6 +227,7 @@ class ConditioningReport:
     reduced_bytes: int = 0
     converged: bool = True
     warnings: list[str] = field(default_factory=list)
+    behind_stand_ins: int = 0
     moves: tuple[Move, ...] = field(default=(), repr=False, compare=False)
     diagonal: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 

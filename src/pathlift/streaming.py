@@ -26,9 +26,9 @@ def condition_checkpoint(
     output: str | Path,
     *,
     criterion: str | Criterion = "path-kernel",
-    exact: bool = True,
+    exact: bool | None = None,
     solver: str = "newton",
-    tol: float = 1e-8,
+    tol: float | None = None,
     batch_norm: str = "pinned",
     progress: Progress | None = None,
 ) -> ConditioningReport:

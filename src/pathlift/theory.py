@@ -352,8 +352,9 @@ def _solved(
     moving = {n: program.parameters[n] for n, s in group.parameters.items() if s.terms}
     lower, upper = extent_bounds(group, extents(moving))
     trainable = {n: p.requires_grad for n, p in program.parameters.items()}
+    asked = Coefficients(dict(values))
     return solve(
-        assemble(group, Coefficients(dict(values)), trainable, lower, upper).problem, "newton", tol
+        assemble(group, asked, trainable, lower=lower, upper=upper).problem, "newton", tol
     ).log2_scales
 
 

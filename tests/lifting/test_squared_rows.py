@@ -146,13 +146,14 @@ def test_sums_of_products(
     low, high = np.full(h, -20.0), np.full(h, 20.0)
     for name, g in handed.items():
         spec = group.parameters[name]
-        short, whole = sum_up(spec, g, False), sum_up(spec, dense(g).double(), False)
+        short, whole = sum_up(spec, g), sum_up(spec, dense(g).double())
         assert short.positive == whole.positive
         assert short.log_sum == pytest.approx(whole.log_sum, rel=1e-6, abs=1e-4)
-    thin = {n: sum_up(group.parameters[n], g, False) for n, g in handed.items()}
-    full = {n: sum_up(group.parameters[n], dense(g).double(), False) for n, g in handed.items()}
+    thin = {n: sum_up(group.parameters[n], g) for n, g in handed.items()}
+    full = {n: sum_up(group.parameters[n], dense(g).double()) for n, g in handed.items()}
     a, b = (
-        assemble_sums(group, sums, Coefficients({}), trainable, low, high) for sums in (thin, full)
+        assemble_sums(group, sums, Coefficients({}), trainable, lower=low, upper=high)
+        for sums in (thin, full)
     )
     assert a.problem.count == b.problem.count
     np.testing.assert_array_equal(a.dead, b.dead)

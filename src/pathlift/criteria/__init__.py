@@ -9,7 +9,8 @@ from torch import Tensor
 from pathlift.criteria.fisher import fisher, squared_gradients
 from pathlift.criteria.path_kernel import path_kernel
 from pathlift.criteria.protocol import Coefficients, Criterion, Sink, given, relative
-from pathlift.criteria.weights import weight_norm, weight_range
+from pathlift.criteria.weight_norm import weight_norm
+from pathlift.criteria.weight_range import weight_range
 from pathlift.errors import ArgumentError, unknown
 
 CRITERIA: dict[str, Criterion] = {

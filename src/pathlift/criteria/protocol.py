@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pathlift.capture.program import Program
 from pathlift.errors import ArgumentError
+from pathlift.solve.objective import TOTAL
+from pathlift.solve.operator import Objective
 from pathlift.tensors.product import Product, dense
 
 
@@ -24,14 +26,14 @@ class Coefficients:
         rate: under rescaling ``c'_i = c_i * 2 ** (rate * (E s)_i)``: -2 for squared gradients and
             diagonals of kernels, q for ``|theta|^q``.
         balanced: the objective is ``p log sum c' - sum log c'`` (else the sum of ``c'`` alone).
-        reduction: ``"sum"``, or ``"max"`` where a channel counts by its largest entry.
+        objective: what is asked of the scales: its value, its solver, its rounding.
     """
 
     values: dict[str, Tensor]
     approximated: dict[str, int] = field(default_factory=dict)
     rate: float = -2.0
     balanced: bool = True
-    reduction: str = "sum"
+    objective: Objective = TOTAL
 
 
 # Takes one parameter's coefficients. A later call for the same name replaces the earlier.
@@ -48,17 +50,19 @@ class Criterion:
     Attributes:
         hand_on: calls the sink for every parameter; returns the operations a stand-in was used
             for, with counts.
-        rate, balanced, reduction: see :class:`Coefficients`.
+        rate, balanced, objective: see :class:`Coefficients`.
+        exact: whether powers of two serve the criterion where the user does not say.
     """
 
     hand_on: Callable[[Program, Sink], dict[str, int]]
     rate: float = -2.0
     balanced: bool = True
-    reduction: str = "sum"
+    objective: Objective = TOTAL
+    exact: bool = True
 
     def coefficients(self, values: dict[str, Tensor], approximated: dict[str, int]) -> Coefficients:
         """What is known of the objective, with these values."""
-        return Coefficients(values, approximated, self.rate, self.balanced, self.reduction)
+        return Coefficients(values, approximated, self.rate, self.balanced, self.objective)
 
     def __call__(self, program: Program) -> Coefficients:
         """All coefficients at once, in the order of the model's parameters."""

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift.capture.program import Call, Graph, Program, Symbol, call
 from pathlift.capture.walk import walk
-from pathlift.operations.normalization import is_batch_norm
+from pathlift.operations.normalization import epsilon, is_batch_norm
 
 # A call of a batch norm -> mean and variance of each channel.
 Statistics = dict[Call, tuple[Tensor, Tensor]]
@@ -40,6 +40,32 @@ def batch_statistics(program: Program, training: bool) -> Statistics:
     wanted = {graph.calls[k] for k in untouched}
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         walk(start, _Values(program, wanted, found))
+    return found
+
+
+def variance_room(program: Program) -> dict[str, Tensor]:
+    """By how many powers of two the variances of batch norms may shrink, per channel.
+
+    Statistics that are rescaled along are exact up to ``eps`` only: with the smaller of the running
+    variance and that of the example batch, ``2^(2s) var`` stays at or above ``1e4 eps`` (METHOD
+    section 1).
+
+    Returns:
+        name of the running variance -> float64 ``(channels,)``, log2, negative where it is below.
+    """
+    graph = program.graph(program.training)
+    norms = [c for c in graph.calls if is_batch_norm(c) and c["running_var"] in graph.tensors]
+    if not norms:
+        return {}
+    measured: Statistics = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        walk(graph, _Values(program, set(norms), measured))
+    found: dict[str, Tensor] = {}
+    for one in norms:
+        name = graph.tensors[one["running_var"]]
+        variance = torch.minimum(measured[one][1].cpu(), program.buffers[name].double().cpu())
+        room = (variance / (1e4 * epsilon(one))).clamp_min(1e-300).log2()
+        found[name] = torch.minimum(found[name], room) if name in found else room
     return found
 
 

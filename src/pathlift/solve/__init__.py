@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-from pathlift.errors import ArgumentError
 from pathlift.solve.coordinate import coordinate_descent
-from pathlift.solve.integer import round_scales
+from pathlift.solve.matrix import Array
 from pathlift.solve.newton import newton
-from pathlift.solve.problem import (
-    MatrixBlock,
-    Operator,
-    Problem,
-    Solution,
-    gradient,
-    objective,
-    operator_of,
-)
-from pathlift.solve.ranges import equalise, value
-
-SOLVERS = ("newton", "coordinate")
+from pathlift.solve.objective import SOLVERS, TOTAL
+from pathlift.solve.operator import Objective, Operator, gradient, objective, operator_of
+from pathlift.solve.problem import IntArray, MatrixBlock, Problem, Solution
+from pathlift.solve.ranges import RANGES
 
 
-def solve(problem: Problem | Operator, solver: str = "newton", tol: float = 1e-8) -> Solution:
-    """Minimise F within the bounds; ``tol`` bounds ``max |projected dF/ds| / count``."""
-    problem = operator_of(problem)
-    if solver in SOLVERS and problem.problem.reduction == "max":
-        return equalise(problem, tol)
-    if solver == "newton":
-        return newton(problem, tol)
-    if solver == "coordinate":
-        return coordinate_descent(problem, tol)
-    raise ArgumentError(
-        f"Unknown solver {solver!r}; supported: {', '.join(map(repr, SOLVERS))}. "
-        "Use solver='newton' unless you want the published algorithm."
-    )
+def solve(
+    problem: Problem | Operator, solver: str = "newton", tol: float | None = None
+) -> Solution:
+    """The best scales within the bounds, by the objective of the operator (F for a problem).
+
+    ``tol`` bounds the certificate, for F ``max |projected dF/ds| / count``; None: the objective's.
+    """
+    operator = operator_of(problem)
+    asked = operator.objective or TOTAL
+    return asked.solve(operator, solver, asked.tol if tol is None else tol)
+
+
+def value(problem: Problem | Operator, point: Array) -> float:
+    """What is minimised, at ``point`` ``(H,)``."""
+    operator = operator_of(problem)
+    return (operator.objective or TOTAL).value(operator, point)
+
+
+def round_scales(problem: Problem | Operator, point: Array) -> IntArray:
+    """Integer scales near ``point`` within the bounds, ``(H,)`` int64."""
+    operator = operator_of(problem)
+    return (operator.objective or TOTAL).round(operator, point)
 
 
 __all__ = [
+    "RANGES",
     "SOLVERS",
+    "TOTAL",
     "MatrixBlock",
+    "Objective",
     "Operator",
     "Problem",
     "Solution",
     "coordinate_descent",
-    "equalise",
     "gradient",
     "newton",
     "objective",

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pathlift.capture.program import Program
 from pathlift.criteria.protocol import Coefficients, Criterion
-from pathlift.solve.matrix import Store, to_numpy
-from pathlift.solve.problem import MatrixBlock, Operator, Problem, as_is
-from pathlift.solve.ranges import value
-from pathlift.symmetry.group import ParameterScales, RescalingGroup
+from pathlift.solve.matrix import Array, Store, to_numpy
+from pathlift.solve.objective import TOTAL
+from pathlift.solve.operator import Objective, Operator
+from pathlift.solve.problem import IntArray, MatrixBlock, Problem, as_is
+from pathlift.solve.sums import Sums, sum_up
+from pathlift.symmetry.group import RescalingGroup
 from pathlift.symmetry.scales import distinct
-from pathlift.tensors.pieces import entries_at_a_time
 from pathlift.tensors.product import Product, dense
 
-Array = NDArray[np.float64]
-# A group of axes and the terms of the exponent that vary along them.
-Part = tuple[tuple[int, ...], list[tuple[int, Tensor]]]
+# Terms of one parameter that are told apart when scales are numbered by layer.
+_TERMS = 4
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,21 @@ class Assembled:
             balanced objective, also where the problem has none).
         dead: indices of scales held at 0 because nothing with a positive coefficient enters or
             leaves.
+        objective: what is asked of the scales.
+        names: per scale, the parameter in whose rows or columns it stands first.
     """
 
     problem: Problem
     log_mean: float
     slope: Array
-    dead: NDArray[np.int64]
+    dead: IntArray
+    objective: Objective = TOTAL
+    names: tuple[str, ...] = ()
 
     @cached_property
     def operator(self) -> Operator:
         """The problem's products, made once."""
-        return Operator(self.problem)
+        return Operator(self.problem, self.objective)
 
     def imbalance(self, scales: Array) -> float:
         """``log(AM/GM)`` of the coefficients, per counted entry, after rescaling by ``scales``.
@@ -58,17 +62,20 @@ class Assembled:
         count = self.problem.count
         if not count:
             return 0.0
-        if self.problem.reduction == "max":
-            return value(self.operator, scales)
         slant = 2 * math.log(2) * float((self.slope - self.problem.linear) @ scales)
-        log_sum = (value(self.operator, scales) + slant) / count
-        return max(0.0, log_sum - math.log(count) - self.log_mean)
+        reached = self.objective.value(self.operator, scales)
+        return self.objective.imbalance(reached, slant, count, self.log_mean)
+
+    def where(self, scales: IntArray) -> dict[str, int]:
+        """Parameter name -> how many of these scales stand there first, most of them first."""
+        return dict(Counter(self.names[k] for k in scales.tolist()).most_common())
 
 
 def assemble(
     group: RescalingGroup,
     criterion: Coefficients,
     trainable: Mapping[str, bool],
+    *,
     lower: Array,
     upper: Array,
 ) -> Assembled:
@@ -80,20 +87,27 @@ def assemble(
             positive coefficient count.
         trainable: parameter name -> whether it counts.
         lower, upper: bounds ``(H,)`` on the scales, log2.
+
+    Raises:
+        ArgumentError: a coefficient is NaN or infinite.
     """
     sums = {
         name: sum_up(
-            group.parameters[name], g, criterion.reduction == "max", trainable.get(name, True)
+            group.parameters[name],
+            g,
+            largest=criterion.objective.largest,
+            counted=trainable.get(name, True),
         )
         for name, g in criterion.values.items()
     }
-    return assemble_sums(group, sums, criterion, trainable, lower, upper)
+    return assemble_sums(group, sums, criterion, trainable, lower=lower, upper=upper)
 
 
 def assemble_from(
     group: RescalingGroup,
     criterion: Criterion,
     program: Program,
+    *,
     lower: Array,
     upper: Array,
     store: Store = as_is,
@@ -105,124 +119,58 @@ def assemble_from(
     Also returns the operations a stand-in was used for, with counts.
     """
     trainable = {n: p.requires_grad for n, p in program.parameters.items()}
-    maxima = criterion.reduction == "max"
+    largest = criterion.objective.largest
     sums: dict[str, Sums] = {}
 
     def take(name: str, g: Tensor | Product) -> None:
-        found = sum_up(group.parameters[name], g, maxima, trainable[name])
+        found = sum_up(group.parameters[name], g, largest=largest, counted=trainable[name])
         if isinstance(found.matrix, Tensor):
             found = replace(found, matrix=store(found.matrix))
         sums[name] = found
 
     approximated = criterion.hand_on(program, take)
     ordered = {n: sums[n] for n in program.parameters if n in sums}
-    objective = criterion.coefficients({}, approximated)
-    assembled = assemble_sums(group, ordered, objective, trainable, lower, upper, store)
+    asked = criterion.coefficients({}, approximated)
+    assembled = assemble_sums(
+        group, ordered, asked, trainable, lower=lower, upper=upper, store=store
+    )
     return assembled, approximated
 
 
 @dataclass(frozen=True)
-class Sums:
-    """What the problem needs of one parameter's coefficients.
+class _Segments:
+    """Where the exponent rows of each kind lie among the stacked ones.
 
-    Attributes:
-        numel: entries of the parameter.
-        positive: entries with a positive coefficient.
-        log_sum: sum of their natural logarithms (0 for a parameter that does not count).
-        parts: the groups of axes that carry scales, two at most; none where no scale acts.
-        matrix: sums (or maxima) over entries of equal scale, one axis per part; without parts the
-            sum of all. float64, or a matrix in the dtype of the coefficients, or a product.
-        labels: per part, the distinct tuples of variables.
-        tallies: per part, how many positive entries stand in each slice of ``matrix``.
+    Pairs (a matrix: its rows, then its columns) come first, then singles (one part), then what is
+    rescaled and not counted. ``starts``: of every part, and the end.
     """
 
-    numel: int
-    positive: int
-    log_sum: float
-    parts: list[Part]
-    matrix: Tensor | Product
-    labels: list[NDArray[np.int64]]
-    tallies: list[Array]
+    forms: sp.csr_array
+    starts: IntArray
+    pairs: int
+    singles: int
 
+    def rows(self, pair: int) -> sp.csr_array:
+        """The rows of a matrix."""
+        return _rows(self.forms, self.starts[2 * pair], self.starts[2 * pair + 1])
 
-def sum_up(spec: ParameterScales, g: Tensor | Product, maxima: bool, counted: bool = True) -> Sums:
-    """Sum a parameter's coefficients (or take maxima) over entries of equal scale."""
-    parts = _two_parts(spec)
-    classes = [_classes(g.shape, axes, terms) for axes, terms in parts]
-    if isinstance(g, Product):
-        if not maxima and _separable(g, parts):
-            return _sum_up_product(g, parts, classes, counted)
-        g = g.dense()
-    positive = int(torch.count_nonzero(g))
-    if not positive:
-        return Sums(g.numel(), 0, 0.0, [], torch.zeros((), dtype=torch.float64), [], [])
-    full = positive == g.numel()
-    log_sum = _log_sum(g, full) if counted else 0.0
-    if not parts:
-        total = g.sum(dtype=torch.float64)
-        return Sums(g.numel(), positive, log_sum, [], total, [], [])
-    matrix = _reduce(g, parts, classes, maxima)
-    tallies = _all_positive(g.numel(), classes) if full else _tallies(g, parts, classes)
-    if len(parts) == 1 or matrix.dtype != torch.float32:
-        matrix = matrix.to(torch.float64)
-    labels = [c.tuples for c in classes]
-    return Sums(g.numel(), positive, log_sum, parts, matrix.contiguous(), labels, tallies)
+    def columns(self, pair: int) -> sp.csr_array:
+        """Its columns."""
+        return _rows(self.forms, self.starts[2 * pair + 1], self.starts[2 * pair + 2])
 
+    def single(self) -> sp.csr_array:
+        """All single entries."""
+        return _rows(self.forms, self.starts[2 * self.pairs], self._counted_end)
 
-def _separable(g: Product, parts: Sequence[Part]) -> bool:
-    """Whether the sums of a product follow from its factors.
+    def counting(self) -> Array:
+        """1 per exponent row that counts, 0 for the others."""
+        counting = np.zeros(int(self.starts[-1]))
+        counting[: self._counted_end] = 1.0
+        return counting
 
-    Rows and columns must scale on their own, and zeros be those of whole rows and columns.
-    """
-    alone = all(len(axes) == 1 for axes, _ in parts)
-    return alone and (len(g.left) == 1 or g.bounds()[0] > 0)
-
-
-def _sum_up_product(
-    g: Product, parts: list[Part], classes: Sequence[Classes], counted: bool
-) -> Sums:
-    """The sums of coefficients that are a product, without forming it."""
-    factors = [f.to(torch.float64) for f in (g.left, g.right)]
-    alive = [(f > 0).any(0) for f in factors]
-    sizes = [int(a.sum()) for a in alive]
-    positive = sizes[0] * sizes[1]
-    if not positive:
-        return Sums(g.numel(), 0, 0.0, [], torch.zeros((), dtype=torch.float64), [], [])
-    log_sum = _log_sum_of_product(g, alive) if counted else 0.0
-    merged: list[Tensor] = []
-    labels: list[NDArray[np.int64]] = []
-    tallies: list[Array] = []
-    for ((axis,), _), found in zip(parts, classes, strict=True):
-        tally = found.merge(alive[axis].to(torch.float64), 0) * sizes[1 - axis]
-        kept = tally > 0
-        merged.append(found.merge(factors[axis], 1)[:, kept])
-        labels.append(found.tuples[kept.cpu().numpy()])
-        tallies.append(to_numpy(tally[kept]))
-    if len(parts) == 2:
-        product = Product(merged[0], merged[1])
-        matrix = product if product.thin else product.dense()
-        return Sums(g.numel(), positive, log_sum, parts, matrix, labels, tallies)
-    # What carries no scale of its own is summed.
-    others = {0, 1} - {axis for (axis,), _ in parts}
-    total = torch.stack([factors[axis].sum(1) for axis in others]).prod(0)
-    vector = total @ merged[0] if merged else total.sum()
-    return Sums(g.numel(), positive, log_sum, parts, vector, labels, tallies)
-
-
-def _all_positive(numel: int, classes: Sequence[Classes]) -> list[Array]:
-    """The tallies of a parameter without zeros: every slice has its full share of entries."""
-    sizes = [torch.from_numpy(c.counts).to(torch.float64) for c in classes]
-    total = numel / math.prod(int(s.sum()) for s in sizes)
-    return [
-        s.numpy() * total * math.prod(int(o.sum()) for k, o in enumerate(sizes) if k != j)
-        for j, s in enumerate(sizes)
-    ]
-
-
-def _tallies(g: Tensor, parts: Sequence[Part], classes: Sequence[Classes]) -> list[Array]:
-    number = _reduce((g > 0).to(torch.float64), parts, classes)
-    sums = [number] if len(parts) == 1 else [number.sum(1), number.sum(0)]
-    return [to_numpy(s) for s in sums]
+    @property
+    def _counted_end(self) -> int:
+        return int(self.starts[2 * self.pairs + self.singles])
 
 
 def assemble_sums(
@@ -230,6 +178,7 @@ def assemble_sums(
     sums: Mapping[str, Sums],
     criterion: Coefficients,
     trainable: Mapping[str, bool],
+    *,
     lower: Array,
     upper: Array,
     store: Store = as_is,
@@ -238,62 +187,71 @@ def assemble_sums(
 
     ``criterion``: its values are not read. ``store``: see :class:`Problem`.
     """
-    # The problem is written for the rate -2; other rates multiply the exponents.
-    factor = -criterion.rate / 2
-    h = group.num_scales
     live = {n: e for n, e in sums.items() if e.positive}
     counted = {n: e for n, e in live.items() if trainable.get(n, True)}
     pairs = [e for e in counted.values() if len(e.parts) == 2]
     singles = [e for e in counted.values() if len(e.parts) == 1]
     others = [e for n, e in live.items() if n not in counted]
-    constant = math.fsum(float(dense(e.matrix)) for e in counted.values() if not e.parts)
     count = sum(e.positive for e in counted.values())
-    log_sum = math.fsum(e.log_sum for e in counted.values())
 
     ordered = [*pairs, *singles, *others]
     forms, starts = _stacked_forms(ordered, group.basis)
+    # The problem is written for the rate -2; other rates multiply the exponents.
+    factor = -criterion.rate / 2
+    segments = _Segments(forms * factor, starts, len(pairs), len(singles))
     tally = np.concatenate([t for e in ordered for t in e.tallies] or [np.zeros(0)])
-    counting = np.zeros(len(tally))
-    counting[: starts[2 * len(pairs) + len(singles)]] = 1.0
-    exponents, scale = forms.data, forms.indices
-    weighed = exponents * np.repeat(tally, np.diff(forms.indptr))
-    entering = np.bincount(scale, np.maximum(weighed, 0), minlength=h) * abs(factor)
-    leaving = np.bincount(scale, np.maximum(-weighed, 0), minlength=h) * abs(factor)
-    linear = (forms.T @ (tally * counting)) * factor
-    forms = forms * factor
-    blocks = tuple(
-        MatrixBlock(
-            e.matrix,
-            _rows(forms, starts[2 * k], starts[2 * k + 1]),
-            _rows(forms, starts[2 * k + 1], starts[2 * k + 2]),
-        )
-        for k, e in enumerate(pairs)
-    )
-    single_forms = _rows(forms, starts[2 * len(pairs)], starts[2 * len(pairs) + len(singles)])
-    vector = np.concatenate([np.zeros(0), *(to_numpy(dense(e.matrix)) for e in singles)])
+    linear = segments.forms.T @ (tally * segments.counting())
     carried = _carried(group)
-    gains, loses = _sides(group, carried, sums)
-    one_sided = (gains & (entering == 0)) | (loses & (leaving == 0))
-    if not criterion.balanced:  # a sum without the linear term needs both sides
-        one_sided = (entering == 0) | (leaving == 0)
-    dead = np.flatnonzero(one_sided | (entering + leaving == 0))
+    dead = _dead(group, carried, sums, forms, tally, criterion.balanced)
     lower, upper = lower.copy(), upper.copy()
     lower[dead] = upper[dead] = 0.0
+    layers = _layers(group, carried)
     problem = Problem(
-        h,
-        blocks,
-        vector,
-        single_forms,
-        constant,
-        linear if criterion.balanced else np.zeros(h),
-        count,
-        lower,
-        upper,
-        _layers(group, carried),
-        criterion.reduction,
-        store,
+        num_scales=group.num_scales,
+        blocks=tuple(
+            MatrixBlock(e.matrix, segments.rows(k), segments.columns(k))
+            for k, e in enumerate(pairs)
+        ),
+        vector=np.concatenate([np.zeros(0), *(to_numpy(dense(e.matrix)) for e in singles)]),
+        vector_forms=segments.single(),
+        constant=math.fsum(float(dense(e.matrix)) for e in counted.values() if not e.parts),
+        linear=linear if criterion.balanced else np.zeros(group.num_scales),
+        count=count,
+        lower=lower,
+        upper=upper,
+        layers=layers,
+        store=store,
     )
-    return Assembled(problem, log_sum / count if count else 0.0, linear, dead)
+    log_sum = math.fsum(e.log_sum for e in counted.values())
+    first = list(group.parameters)
+    return Assembled(
+        problem=problem,
+        log_mean=log_sum / count if count else 0.0,
+        slope=linear,
+        dead=dead,
+        objective=criterion.objective,
+        names=tuple(first[k // _TERMS] if k >= 0 else "" for k in layers.tolist()),
+    )
+
+
+def _dead(
+    group: RescalingGroup,
+    carried: _Carried,
+    names: Iterable[str],
+    forms: sp.csr_array,
+    tally: Array,
+    balanced: bool,
+) -> IntArray:
+    """Scales without a minimiser: nothing positive enters, or nothing leaves."""
+    h = group.num_scales
+    weighed = forms.data * np.repeat(tally, np.diff(forms.indptr))
+    entering = np.bincount(forms.indices, np.maximum(weighed, 0), minlength=h)
+    leaving = np.bincount(forms.indices, np.maximum(-weighed, 0), minlength=h)
+    gains, loses = _sides(group, carried, names)
+    one_sided = (gains & (entering == 0)) | (loses & (leaving == 0))
+    if not balanced:  # a sum without the linear term needs both sides
+        one_sided = (entering == 0) | (leaving == 0)
+    return np.flatnonzero(one_sided | (entering + leaving == 0)).astype(np.int64)
 
 
 def _stacked_forms(
@@ -373,127 +331,9 @@ def _sides(
     return gains, loses
 
 
-def _log_sum(g: Tensor, full: bool) -> float:
-    """Sum of natural logarithms of positive entries, logarithms in their dtype, sums in float64."""
-    size = entries_at_a_time(g.device)
-    rows = max(1, size * max(len(g), 1) // max(g.numel(), 1)) if g.dim() else 1
-    pieces = g.split(rows) if g.dim() else [g]
-    positive = (piece if full else piece[piece > 0] for piece in pieces)
-    return math.fsum(float(piece.log().sum(dtype=torch.float64)) for piece in positive)
-
-
-def _log_sum_of_product(g: Product, alive: Sequence[Tensor]) -> float:
-    """Sum of natural logarithms of the positive entries."""
-    left, right = (f[:, a] for f, a in zip((g.left, g.right), alive, strict=True))
-    if len(left) == 1:
-        logs = [float(f.to(torch.float64).log().sum()) for f in (left, right)]
-        return right.shape[1] * logs[0] + left.shape[1] * logs[1]
-    columns = max(1, entries_at_a_time(g.device) // right.shape[1])
-    products = (piece.t() @ right for piece in left.split(columns, 1))
-    return math.fsum(float(p.log_().sum(dtype=torch.float64)) for p in products)
-
-
 def _layers(group: RescalingGroup, carried: _Carried) -> NDArray[np.int64]:
     """A number per free scale: the parameter in whose rows or columns it stands first."""
     found = np.full(group.num_scales, -1, dtype=np.int64)
-    number = 4 * carried.parameter + np.minimum(carried.term, 3)
+    number = _TERMS * carried.parameter + np.minimum(carried.term, _TERMS - 1)
     found[carried.scale[::-1]] = number[::-1]  # the first one is written last
     return found
-
-
-def _two_parts(spec: ParameterScales) -> list[Part]:
-    """At most two groups of axes with their terms (further groups are joined into the second)."""
-    parts: list[Part] = spec.components()
-    constants = [t for axes, terms in parts if not axes for t in terms]
-    parts = [(axes, terms) for axes, terms in parts if axes]
-    if constants:
-        if not parts:
-            return [((), constants)]
-        parts[0] = (parts[0][0], parts[0][1] + constants)
-    parts.sort(key=lambda part: -math.prod(spec.shape[d] for d in part[0]))
-    if len(parts) > 2:
-        axes = tuple(sorted(d for part in parts[1:] for d in part[0]))
-        parts = [parts[0], (axes, [t for part in parts[1:] for t in part[1]])]
-    return parts
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Indices along a part's axes, in classes of equal scale.
-
-    Attributes:
-        tuples: the distinct tuples of variables, one row each.
-        index: the class of every index.
-        counts: how many indices each class has.
-    """
-
-    tuples: NDArray[np.int64]
-    index: NDArray[np.int64]
-    counts: NDArray[np.int64]
-
-    def merge(self, values: Tensor, axis: int, maxima: bool = False) -> Tensor:
-        """Sums (or maxima) of the slices of each class, in their order."""
-        number = len(self.tuples)
-        if number < len(self.index):
-            label = torch.from_numpy(self.index).to(values.device)
-            over = _max_over if maxima else _sum_over
-            return over(values, axis, label, number)
-        order = np.argsort(self.index)
-        if np.array_equal(order, np.arange(number)):
-            return values
-        return values.index_select(axis, torch.from_numpy(order).to(values.device))
-
-
-def _classes(
-    shape: torch.Size, axes: Sequence[int], terms: Sequence[tuple[int, Tensor]]
-) -> Classes:
-    sizes = [n if d in axes else 1 for d, n in enumerate(shape)]
-    order = [*axes, *(d for d in range(len(shape)) if d not in axes)]
-    table = np.stack(
-        [ids.expand(sizes).permute(order).reshape(-1).numpy() for _, ids in terms], axis=1
-    )
-    key = table[:, 0]
-    for column in table.T[1:]:  # numbers that order as the tuples do
-        key = np.unique(key, return_inverse=True)[1] * (int(column.max()) + 1) + column
-    if bool((key[1:] > key[:-1]).all()):
-        return Classes(table, np.arange(len(table)), np.ones(len(table), np.int64))
-    _, first, index, counts = np.unique(
-        key, return_index=True, return_inverse=True, return_counts=True
-    )
-    return Classes(table[first], index.reshape(-1), counts)
-
-
-def _reduce(
-    g: Tensor, parts: Sequence[Part], classes: Sequence[Classes], maxima: bool = False
-) -> Tensor:
-    """Sum ``g`` (or take its maxima) to one axis per part, then over equal scales."""
-    kept = [d for axes, _ in parts for d in axes]
-    rest = [d for d in range(g.dim()) if d not in kept]
-    moved = g.permute(*kept, *rest) if g.dim() else g
-    sizes = [math.prod(g.shape[d] for d in axes) for axes, _ in parts]
-    summed = moved.reshape(*sizes, -1) if rest else moved.reshape(sizes)
-    if rest:
-        summed = summed.amax(-1) if maxima else summed.sum(-1)
-    for axis, found in enumerate(classes):
-        summed = found.merge(summed, axis, maxima)
-    return summed
-
-
-def _sum_over(values: Tensor, axis: int, label: Tensor, count: int) -> Tensor:
-    """Sum slices with equal label; runs of one length (a flattened feature map) by reshaping."""
-    run = values.shape[axis] // count
-    regular = torch.arange(count, device=label.device).repeat_interleave(run)
-    if len(regular) == len(label) and torch.equal(regular, label):
-        return values.unflatten(axis, (count, run)).sum(axis + 1)
-    shape = list(values.shape)
-    shape[axis] = count
-    return values.new_zeros(shape).index_add_(axis, label, values)
-
-
-def _max_over(values: Tensor, axis: int, label: Tensor, count: int) -> Tensor:
-    """Maximum of slices with equal label."""
-    shape = list(values.shape)
-    shape[axis] = count
-    view = [-1 if d == axis else 1 for d in range(values.dim())]
-    index = label.reshape(view).expand(values.shape)
-    return values.new_zeros(shape).scatter_reduce_(axis, index, values, "amax")

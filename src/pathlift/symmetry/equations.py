@@ -1,26 +1,32 @@
 """Equalities and sums of scales -> an integer basis of all solutions.
 
 Nearly all equations say that two variables are equal or opposite; they are solved by connected
-components.
-What is left (products, powers) is a sparse integer system, eliminated with unit pivots.
+components. What is left (products, powers) is a sparse integer system, solved exactly
+(:mod:`pathlift.symmetry.elimination`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import gcd
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
+from pathlift.symmetry.elimination import Row, eliminate
 from pathlift.symmetry.scales import distinct
 
 Int = NDArray[np.int64]
 Pairs = tuple[Int, Int, NDArray[np.bool_]]  # x = y, or x = -y where opposite
 Rows = tuple[Int, Int]  # coefficients and ids, (m, terms)
+
+# So often are equations rewritten over classes. Chains that join one more class each time are left
+# to the elimination, which takes them one by one.
+_ROUNDS = 12
+# A scale that enters another one with a larger factor is kept at 0: no float holds 2^(2^31).
+_LARGEST = 2**31
 
 
 @dataclass
@@ -76,32 +82,26 @@ class Equations:
         return self._zero
 
     def solve(self) -> sp.csr_array:
-        """Integer matrix (size, free): row ``v`` is variable ``v`` in terms of free scales."""
+        """Integer matrix (size, free): row ``v`` is variable ``v`` in terms of free scales.
+
+        Its columns are a basis of all integer solutions: each is a combination of them with whole
+        coefficients, which are unique.
+        """
         count = self.size
         labels, signs = np.arange(count), np.ones(count, dtype=np.int64)
         pairs: Pairs | None = self._joined_pairs()
         rows = _by_length(self.rows)
-        while pairs is not None:
+        for _ in range(_ROUNDS):
+            if pairs is None:
+                break
             # What is equal becomes one class; the equations are rewritten over classes, and those
             # that have become equalities join further classes.
             joined, sign = components(count, *pairs)
             signs *= sign[labels]
             labels, count = joined[labels], int(joined.max()) + 1
             pairs, rows = _over_classes(rows, joined, sign)
-        solution = eliminate(_as_dicts(rows))
-        is_free = np.ones(count, dtype=bool)
-        is_free[[0, *solution]] = False
-        free = np.flatnonzero(is_free)
-        terms = [(u, v, c) for u, form in solution.items() for v, c in form.items()]
-        solved, source, data = np.array(terms, dtype=np.int64).reshape(-1, 3).T
-        column = np.cumsum(is_free) - 1
-        classes = sp.csr_array(
-            (
-                np.concatenate([np.ones(len(free), dtype=np.int64), data]),
-                (np.concatenate([free, solved]), np.concatenate([column[free], column[source]])),
-            ),
-            shape=(count, len(free)),
-        )
+        left = [{0: 1}, *_as_dicts(rows), *_pairs_as_dicts(pairs)]
+        classes = _columns(eliminate(left, count), count)
         found = sp.csr_array(classes[labels])
         found.data *= np.repeat(signs, np.diff(found.indptr))
         return found
@@ -228,7 +228,7 @@ def _distinct(coefficients: Int, classes: Int) -> Rows:
     return table[:, classes.shape[1] :], table[:, : classes.shape[1]]
 
 
-def _as_dicts(rows: list[Rows]) -> list[dict[int, int]]:
+def _as_dicts(rows: list[Rows]) -> list[Row]:
     return [
         dict(zip(x, c, strict=True))
         for coefficients, classes in rows
@@ -236,54 +236,25 @@ def _as_dicts(rows: list[Rows]) -> list[dict[int, int]]:
     ]
 
 
-def _primitive(row: dict[int, int]) -> dict[int, int]:
-    row = {v: c for v, c in row.items() if c}
-    divisor = gcd(*row.values()) if row else 1
-    return {v: c // divisor for v, c in row.items()} if divisor > 1 else row
+def _pairs_as_dicts(pairs: Pairs | None) -> list[Row]:
+    """``x = y`` or ``x = -y`` as equations; an opposite of itself is zero."""
+    found: list[Row] = []
+    for a, b, opposite in zip(*(p.tolist() for p in pairs or ()), strict=True):
+        sign = 1 if opposite else -1
+        found.append({a: 1, b: sign} if a != b else {a: 1 + sign})
+    return found
 
 
-def eliminate(rows: list[dict[int, int]]) -> dict[int, dict[int, int]]:
-    """Solve sparse homogeneous integer equations by unit pivots.
-
-    Returns variable -> its form in the variables that stay free. Where no coefficient of an
-    equation is +-1 after reduction, its variables are set to zero: fewer symmetries, never a
-    wrong one.
-    """
-    solved: dict[int, dict[int, int]] = {}
-
-    def reduce(row: dict[int, int]) -> dict[int, int]:
-        while True:
-            hit = next((v for v in row if v in solved), None)
-            if hit is None:
-                return _primitive(row)
-            factor = row.pop(hit)
-            for v, c in solved[hit].items():
-                row[v] = row.get(v, 0) + factor * c
-            row = {v: c for v, c in row.items() if c}
-
-    hard: list[dict[int, int]] = []
-    for row in sorted(rows, key=len):
-        reduced = reduce(dict(row))
-        if not reduced:
-            continue
-        pivot = max((v for v, c in reduced.items() if abs(c) == 1), default=None)
-        if pivot is None:
-            hard.append(reduced)
-            continue
-        sign = reduced.pop(pivot)
-        solved[pivot] = {v: -sign * c for v, c in reduced.items()}
-    for row in hard:
-        for variable in reduce(dict(row)):
-            solved.setdefault(variable, {})
-
-    def resolve(variable: int) -> dict[int, int]:
-        form: dict[int, int] = {}
-        for v, c in solved[variable].items():
-            for w, k in (resolve(v) if v in solved else {v: 1}).items():
-                form[w] = form.get(w, 0) + c * k
-        solved[variable] = {v: c for v, c in form.items() if c}
-        return solved[variable]
-
-    for variable in list(solved):
-        resolve(variable)
-    return solved
+def _columns(solved: dict[int, Row], count: int) -> sp.csr_array:
+    """Matrix (count, free) of ``count`` variables of which some are solved."""
+    new = {w for form in solved.values() for w in form if w >= count}
+    large = {w for form in solved.values() for w, c in form.items() if abs(c) > _LARGEST}
+    free = [v for v in range(count) if v not in solved and v not in large]
+    free += sorted(new - large)
+    column = {v: k for k, v in enumerate(free)}
+    terms = [(v, k, 1) for v, k in column.items() if v < count]
+    for v, form in solved.items():
+        if v < count:
+            terms += [(v, column[w], c) for w, c in form.items() if w in column]
+    row, place, data = np.array(terms, dtype=np.int64).reshape(-1, 3).T
+    return sp.csr_array((data, (row, place)), shape=(count, len(free)))

@@ -1,8 +1,9 @@
-"""Criteria read off the weights alone: equal norms (ENorm) and equal ranges."""
+"""Equal norms on both sides of every channel (ENorm), read off the weights alone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,30 +26,17 @@ def weight_norm(q: float = 2, biases: bool = True) -> Criterion:
         raise ArgumentError(f"q must be a positive finite number; found {q!r}.")
 
     def hand_on(program: Program, sink: Sink) -> dict[str, int]:
-        device = program.device
-        for name, parameter in program.parameters.items():
-            if _counts(parameter, biases):
-                sink(name, _size(program.value(name), device).pow_(q))
+        hand_on_sizes(program, lambda name, size: sink(name, size.pow_(q)), biases)
         return {}
 
     return Criterion(hand_on, rate=float(q), balanced=False)
 
 
-def _hand_on_sizes(program: Program, sink: Sink) -> dict[str, int]:
-    device = program.device
+def hand_on_sizes(program: Program, sink: Callable[[str, Tensor], None], biases: bool) -> None:
+    """``|theta|`` of every floating parameter, float64; of matrices alone without ``biases``."""
     for name, parameter in program.parameters.items():
-        if _counts(parameter, biases=False):
-            sink(name, _size(program.value(name), device))
-    return {}
-
-
-# Equal ranges ``max |w|`` on both sides of every channel: cross-layer equalization (Nagel et al.,
-# ICCV 2019), the limit of weight_norm for large q. Biases do not count.
-weight_range = Criterion(_hand_on_sizes, rate=1.0, balanced=False, reduction="max")
-
-
-def _counts(parameter: Tensor, biases: bool) -> bool:
-    return parameter.is_floating_point() and (biases or parameter.dim() > 1)
+        if parameter.is_floating_point() and (biases or parameter.dim() > 1):
+            sink(name, _size(program.value(name), program.device))
 
 
 def _size(parameter: Tensor, device: torch.device) -> Tensor:
