@@ -129,6 +129,13 @@ def failures(rows: dict[str, list[Row]]) -> list[Row]:
     return [{k: v for k, v in row.items() if k != "trace"} for row in found]
 
 
+def kept(path: Path | None) -> dict[str, list[Row]]:
+    """Verdicts of an earlier, interrupted sweep."""
+    if path is None or not path.exists():
+        return {}
+    return dict(json.loads(line) for line in path.read_text().splitlines())
+
+
 def one_by_one(names: list[str], case: str | None, most: int) -> int:
     """Print the verdicts of some operators with their tracebacks, in this process."""
     wrong = 0
@@ -153,6 +160,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every case of every operator")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=TABLE, help="where the page goes")
+    parser.add_argument("--rows", type=Path, help="verdicts as they come; those in it are kept")
     parser.add_argument("--failures", type=Path, help="where the JSON goes, besides the terminal")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -160,11 +168,14 @@ def main() -> int:
     most = sys.maxsize if args.all else args.most
     if args.only:
         return one_by_one(args.only, args.case, most) > 0
-    rows: dict[str, list[Row]] = {}
+    rows = kept(args.rows)
     start = time.monotonic()
     names = list(database())
-    for name, found in sweep(names, most, args.jobs):
+    for name, found in sweep([n for n in names if n not in rows], most, args.jobs):
         rows[name] = found
+        if args.rows:
+            with args.rows.open("a") as file:
+                file.write(json.dumps([name, found]) + "\n")
         wrong = len(failures({name: found}))
         print(f"{len(rows)}/{len(names)} {name}: {wrong} of {len(found)} wrong", flush=True)
     print(f"{time.monotonic() - start:.0f} s", flush=True)
