@@ -49,7 +49,9 @@ class Verdict:
     trace: str = ""
 
     def __post_init__(self) -> None:
-        self.reproduce = f"python tests/operators/sweep.py --only {self.operator} --case {self.case}"
+        self.reproduce = (
+            f"python tests/operators/sweep.py --only {self.operator} --case {self.case}"
+        )
 
     @property
     def sound(self) -> bool:

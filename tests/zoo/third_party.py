@@ -24,7 +24,6 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
 from zoo.libraries import randomise_  # noqa: E402  (makes torchvision importable, too)
 from zoo.parties.recipe import Recipe  # noqa: E402
-from zoo.survey import cell, first_line, isolated, run_model, same  # noqa: E402
+from zoo import forks  # noqa: E402
+from zoo.survey import cell, first_line, run_model, same  # noqa: E402
 from zoo.traces import differences, fake_tensors, snapshot  # noqa: E402
 
 TABLE = ROOT / "docs" / "zoo-third-party.md"
@@ -51,6 +51,20 @@ def recipes() -> dict[str, Recipe]:
     for part in ("vision", "sequences", "tables"):
         found |= importlib.import_module(f"zoo.parties.{part}").RECIPES
     return found
+
+
+def warm_up() -> None:
+    """Condition something, so that no process has to import what that takes."""
+    import pathlift
+
+    pathlift.condition_(
+        nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), torch.ones(1, 2)
+    )
+
+
+def preload(name: str) -> None:
+    """Import what every model of a library needs."""
+    importlib.import_module(recipes()[name].target.partition(":")[0])
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
@@ -228,17 +242,14 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these, with tracebacks")
     parser.add_argument("--fresh", action="store_true", help="forget earlier rows")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds per model")
     parser.add_argument("--json", type=Path, default=DATA, help="rows; the page lies beside it")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if args.one:
-        print(json.dumps(survey(args.one)))
-        return 0
     if args.only:
         rows = [survey(name) for name in args.only]
         for row in rows:
@@ -249,16 +260,16 @@ def main() -> int:
     known: dict[str, dict[str, Any]] = {}
     if args.json.exists() and not args.fresh:
         known = {r["name"]: r for r in json.loads(args.json.read_text())}
-    missing = [n for n in names if n not in known or "missing" in known[n]]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = pool.map(lambda n: isolated(n, Path(__file__), LIMIT), missing)
-        for k, row in enumerate(runs, 1):
-            row.pop("traceback", None)
-            known[row["name"]] = row
-            rows = [known[n] for n in names if n in known]
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
-            state = wrong(row) or next(iter(set(row) & {"missing", "not built", "refused"}), "ok")
-            print(f"{k}/{len(missing)} {row['name']}: {state}", flush=True)
+    again = ("missing", "not built")
+    missing = [n for n in names if n not in known or any(k in known[n] for k in again)]
+    warm_up()
+    for k, row in enumerate(forks.rows(missing, survey, preload, args.limit, args.jobs), 1):
+        row.pop("traceback", None)
+        known[row["name"]] = row
+        rows = [known[n] for n in names if n in known]
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        state = wrong(row) or next(iter(set(row) & {"missing", "not built", "refused"}), "ok")
+        print(f"{k}/{len(missing)} {row['name']}: {state}", flush=True)
     rows = [known[n] for n in names if n in known]
     args.json.with_suffix(".md").write_text(table(rows))
     return any(map(wrong, rows))

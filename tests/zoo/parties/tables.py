@@ -180,9 +180,7 @@ DIFFUSION = {
 FIELDS = {
     "neuraloperator:fno": recipe("neuralop.models:FNO", image(16, 1), n_modes=(4, 4), hidden_channels=8, in_channels=1, out_channels=1, n_layers=2),
     "neuraloperator:fno1d": recipe("neuralop.models:FNO", noise(2, 1, 16), n_modes=(4,), hidden_channels=8, in_channels=1, out_channels=1, n_layers=2),
-    "neuraloperator:uno": recipe("neuralop.models:UNO", image(16, 1), in_channels=1, out_channels=1, hidden_channels=8, uno_out_channels=[8, 8], uno_n_modes=[[4, 4], [4, 4]], uno_scalings=[[1, 1], [1, 1]], n_layers=2),
-    "learning3d:pointnet": recipe("learning3d.models:PointNet", noise(2, 32, 3), emb_dims=16, input_shape="bnc"),
-    "learning3d:dgcnn": recipe("learning3d.models:DGCNN", noise(2, 32, 3), emb_dims=16, input_shape="bnc"),
+    "neuraloperator:uno": recipe("neuralop.models:UNO", image(16, 1), in_channels=1, out_channels=1, hidden_channels=8, channel_mlp_skip="linear", uno_out_channels=[8, 8], uno_n_modes=[[4, 4], [4, 4]], uno_scalings=[[1, 1], [1, 1]], n_layers=2),
     "gpytorch:exact_kernel": recipe("gpytorch.kernels:RBFKernel", several((4, 3), (4, 3)), method="covar_dist"),
     "stylegan2-pytorch:discriminator": recipe("stylegan2_pytorch.stylegan2_pytorch:Discriminator", image(32), 32, network_capacity=2),
     "lightweight-gan:generator": recipe("lightweight_gan.lightweight_gan:Generator", noise(1, 16), image_size=32, latent_dim=16, fmap_max=16, attn_res_layers=[], freq_chan_attn=False),
@@ -208,17 +206,12 @@ _CONTINUOUS = part("gymnasium.spaces:Box", low=-1.0, high=1.0, shape=(2,))
 _DISCRETE = part("gymnasium.spaces:Discrete", 3)
 
 
-def _evaluate(actions: Any) -> Any:
-    return lambda: (torch.randn(3, 5), actions)
-
-
 AGENTS = {
     "stable-baselines3:dqn": _policy("dqn.policies:DQNPolicy", "", _DISCRETE, net_arch=[16]),
     "stable-baselines3:qnet": recipe("stable_baselines3.common.torch_layers:FlattenExtractor", noise(3, 5), part("gymnasium.spaces:Box", **_BOX)),
     "stable-baselines3:sac_actor": recipe("stable_baselines3.sac.policies:Actor", noise(3, 5), part("gymnasium.spaces:Box", **_BOX), _CONTINUOUS, [16], part("stable_baselines3.common.torch_layers:FlattenExtractor", part("gymnasium.spaces:Box", **_BOX)), 5, method="get_action_dist_params"),
     "stable-baselines3:td3_actor": recipe("stable_baselines3.td3.policies:Actor", noise(3, 5), part("gymnasium.spaces:Box", **_BOX), _CONTINUOUS, [16], part("stable_baselines3.common.torch_layers:FlattenExtractor", part("gymnasium.spaces:Box", **_BOX)), 5),
     "stable-baselines3:critic": recipe("stable_baselines3.common.policies:ContinuousCritic", several((3, 5), (3, 2)), part("gymnasium.spaces:Box", **_BOX), _CONTINUOUS, [16], part("stable_baselines3.common.torch_layers:FlattenExtractor", part("gymnasium.spaces:Box", **_BOX)), 5),
-    "stable-baselines3:ppo": _policy("common.policies:ActorCriticPolicy", "", _DISCRETE, _evaluate(torch.tensor([0, 1, 2])), net_arch=[16]),
     "stable-baselines3:mlp_extractor": recipe("stable_baselines3.common.torch_layers:MlpExtractor", noise(3, 5), 5, {"pi": [16], "vf": [16]}, torch.nn.ReLU),
     "sb3-contrib:quantile": recipe("sb3_contrib.qrdqn.policies:QuantileNetwork", noise(3, 5), part("gymnasium.spaces:Box", **_BOX), _DISCRETE, part("stable_baselines3.common.torch_layers:FlattenExtractor", part("gymnasium.spaces:Box", **_BOX)), 5, n_quantiles=4, net_arch=[16]),
     "pfrl:dueling": recipe("pfrl.q_functions:DuelingDQN", noise(1, 4, 84, 84), 3, n_input_channels=4),
