@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -49,10 +50,8 @@ def _library(
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    try:
+    with suppress(Exception):  # its models will say so
         preload(names[0])
-    except Exception:  # its models will say so
-        pass
     for name in names:
         out.send(_forked(name, survey, limit))
 

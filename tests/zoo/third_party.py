@@ -33,9 +33,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
+from zoo import forks  # noqa: E402
 from zoo.libraries import randomise_  # noqa: E402  (makes torchvision importable, too)
 from zoo.parties.recipe import Recipe  # noqa: E402
-from zoo import forks  # noqa: E402
 from zoo.survey import cell, first_line, run_model, same  # noqa: E402
 from zoo.traces import differences, fake_tensors, snapshot  # noqa: E402
 
@@ -240,11 +240,24 @@ def _line(row: dict[str, Any]) -> str:
     return f"| {row['name']} | " + " | ".join(cell(c) for c in cells) + " |"
 
 
+def _first(names: list[str], each: int) -> set[str]:
+    """So many names of every library."""
+    seen: Counter[str] = Counter()
+    chosen = set()
+    for name in names:
+        library = name.partition(":")[0]
+        if seen[library] < each:
+            chosen.add(name)
+        seen[library] += 1
+    return chosen
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these, with tracebacks")
     parser.add_argument("--fresh", action="store_true", help="forget earlier rows")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--each", type=int, default=sys.maxsize, help="models per library, a look")
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds per model")
     parser.add_argument("--json", type=Path, default=DATA, help="rows; the page lies beside it")
     args = parser.parse_args()
@@ -262,6 +275,7 @@ def main() -> int:
         known = {r["name"]: r for r in json.loads(args.json.read_text())}
     again = ("missing", "not built")
     missing = [n for n in names if n not in known or any(k in known[n] for k in again)]
+    missing = [n for n in missing if n in _first(names, args.each)]
     warm_up()
     for k, row in enumerate(forks.rows(missing, survey, preload, args.limit, args.jobs), 1):
         row.pop("traceback", None)

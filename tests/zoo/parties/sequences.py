@@ -12,7 +12,11 @@ def _x(name: str, inputs: object, layers: Recipe, **kwargs: object) -> Recipe:
 
 
 def _layers(name: str = "Decoder", **kwargs: object) -> Recipe:
-    return recipe(f"x_transformers:{name}", noise(1), **({"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16} | kwargs))
+    return recipe(
+        f"x_transformers:{name}",
+        noise(1),
+        **({"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16} | kwargs),
+    )
 
 
 def _gpt(**kwargs: object) -> Recipe:

@@ -48,7 +48,19 @@ def gathered(*items: object) -> list[object]:
 
 DEEPCTR = {
     name.lower(): _ctr(name)
-    for name in ("DeepFM", "xDeepFM", "WDL", "DCN", "DCNMix", "AutoInt", "NFM", "IFM", "DIFM", "FiBiNET", "ONN")  # fmt: skip
+    for name in (
+        "DeepFM",
+        "xDeepFM",
+        "WDL",
+        "DCN",
+        "DCNMix",
+        "AutoInt",
+        "NFM",
+        "IFM",
+        "DIFM",
+        "FiBiNET",
+        "ONN",
+    )  # fmt: skip
 }
 
 _RECHUB = "torch_rechub.basic"
@@ -189,6 +201,7 @@ FIELDS = {
     "torchgan:dcgan_generator": recipe("torchgan.models:DCGANGenerator", noise(2, 8), encoding_dims=8, out_size=16, out_channels=1, step_channels=4),
     "torchgan:dcgan_discriminator": recipe("torchgan.models:DCGANDiscriminator", image(16, 1), in_size=16, in_channels=1, step_channels=4),
 }  # fmt: skip
+
 
 def _rate(_: float) -> float:
     return 1e-3

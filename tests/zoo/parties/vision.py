@@ -175,7 +175,12 @@ SMALL_VISION = {
 
 
 def _cv(name: str, size: int = 224) -> Recipe:
-    return recipe("pytorchcv.model_provider:get_model", image(size, batch=1 if size > 64 else 2), name, pretrained=False)
+    return recipe(
+        "pytorchcv.model_provider:get_model",
+        image(size, batch=1 if size > 64 else 2),
+        name,
+        pretrained=False,
+    )
 
 
 PYTORCHCV = {name: _cv(name) for name in ("shufflenetv2b_wd2", "menet108_8x1_g3", "igcv3_wd4", "fdmobilenet_wd4", "proxylessnas_cpu", "fbnet_cb", "ghostnet", "diracnet18v2", "bam_resnet18", "cbam_resnet18", "seresnet10", "preresnet10", "resneta10", "resnetd50b", "ibn_densenet121", "hardnet39ds", "peleenet", "darknet_tiny", "mobilenetb_wd4", "spnasnet", "espnetv2_wd2", "vovnet27s", "dla34", "sknet50", "condensenet74_c4_g4")}  # fmt: skip
