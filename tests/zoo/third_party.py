@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
@@ -81,18 +82,35 @@ def survey(name: str) -> dict[str, Any]:
     try:
         model, inputs = build(name)
         run_model(model, inputs, False)
+        fresh, _ = build(name)
     except ImportError as error:
         return row | {"missing": first_line(error)}
     except Exception as error:
         return row | {"not built": first_line(error), "traceback": traceback.format_exc()}
     row["parameters"] = sum(p.numel() for p in model.parameters())
     try:
+        row["step"] = "rescaling_group of a model that was never called"
+        uncalled = _uncalled(fresh, inputs)
         _examine(model, inputs, row)
+        row["trace"] = uncalled or row["trace"]
     except Exception as error:
         row["errors"] = f"{row.pop('step')}: {first_line(error)}"
         row["traceback"] = traceback.format_exc()
     row.pop("step", None)
     return row | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def _uncalled(model: nn.Module, inputs: Any) -> str:
+    """What the first call of all leaves in a model that builds tables when it is first called."""
+    import pathlift
+
+    try:
+        pathlift.rescaling_group(model, inputs)
+    except pathlift.PathliftError:  # it will refuse the called model, too
+        pass
+    found = fake_tensors(model) + [_real(model, inputs, model.training)]
+    story = "; ".join(filter(None, found))
+    return story and f"in a model never called before: {story}"[:300]
 
 
 def _examine(model: nn.Module, inputs: Any, row: dict[str, Any]) -> None:
@@ -170,15 +188,17 @@ def _left(model: nn.Module, inputs: Any, state: Any, before: dict[bool, Any]) ->
     found = differences(state, snapshot(model))
     found += fake_tensors(model)
     mode = model.training
-    for training, outputs in before.items():
-        if isinstance(outputs, list):
-            after = _attempt(model, inputs, training)
-            if isinstance(after, str):
-                found.append(f"can't be called any more: {after}")
-            elif any(type(t) not in (Tensor, nn.Parameter) for t in after):
-                found.append("gives fake tensors")
+    found += [_real(model, inputs, m) for m, outputs in before.items() if isinstance(outputs, list)]
     model.train(mode)
-    return "; ".join(found)[:300]
+    return "; ".join(filter(None, found))[:300]
+
+
+def _real(model: nn.Module, inputs: Any, training: bool) -> str:
+    """Whether a call still works and gives real tensors; empty if so."""
+    after = _attempt(model, inputs, training)
+    if isinstance(after, str):
+        return f"can't be called any more: {after}"
+    return "gives fake tensors" if any(isinstance(t, FakeTensor) for t in after) else ""
 
 
 def _attempt(model: nn.Module, inputs: Any, training: bool) -> list[Tensor] | str:
