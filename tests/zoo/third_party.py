@@ -24,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,8 @@ def _uncalled(model: nn.Module, inputs: Any) -> str:
     """What the first call of all leaves in a model that builds tables when it is first called."""
     import pathlift
 
-    try:
+    with suppress(pathlift.PathliftError):  # it will refuse the called model, too
         pathlift.rescaling_group(model, inputs)
-    except pathlift.PathliftError:  # it will refuse the called model, too
-        pass
     found = fake_tensors(model) + [_real(model, inputs, model.training)]
     story = "; ".join(filter(None, found))
     return story and f"in a model never called before: {story}"[:300]
