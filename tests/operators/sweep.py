@@ -31,7 +31,7 @@ from operators.checks import LIMIT, Verdict, check, first_line, poisoned  # noqa
 from operators.page import QUESTIONS, Row, page  # noqa: E402
 
 TABLE = ROOT / "docs" / "operations.md"
-MOST = 48  # cases per operator; a few (pooling, attention) have more than a thousand, all alike
+MOST = 32  # cases per operator; a few (pooling, attention) have more than a thousand, all alike
 SILENCE = LIMIT + 60  # seconds until a process is given up
 
 FORK = mp.get_context("fork")

@@ -117,7 +117,7 @@ def test_a_fake_tensor_is_found() -> None:
     model: Any = mlp()
     assert not fake_tensors(model)
     model.table = {"a": [FakeTensorMode().from_tensor(torch.ones(2))]}
-    assert fake_tensors(model) == ["model.table is fake"]
+    assert fake_tensors(model) == ["model.table['a'][0] is fake"]
 
 
 def test_a_model_that_dies_or_hangs_costs_one_row() -> None:

@@ -175,7 +175,7 @@ def _failing(model: nn.Module, inputs: Any, before: dict[bool, Any]) -> str:
         pathlift.condition_(model, inputs)
         story = ""
     except pathlift.PathliftError:
-        story = "; ".join(differences(state, snapshot(model)))
+        story = "; ".join(differences(state, snapshot(model)) + fake_tensors(model))
     finally:
         with torch.no_grad():
             parameter.copy_(value)

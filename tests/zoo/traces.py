@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 State = dict[str, Any]
 _DEPTH = 4
@@ -70,11 +71,12 @@ def differences(before: State, after: State) -> list[str]:
 
 
 def fake_tensors(model: nn.Module) -> list[str]:
-    """Where a fake tensor is left in a module."""
+    """Where fake tensors are left in a module; at most three places."""
     found = []
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            for leaf in torch.utils._pytree.tree_leaves(value) if not isinstance(value, nn.Module) else ():  # fmt: skip
+            leaves = [] if key == "_modules" else tree_flatten_with_path(value)[0]
+            for path, leaf in leaves:
                 if isinstance(leaf, FakeTensor):
-                    found.append(f"{name or 'model'}.{key} is fake")
-    return found[:5]
+                    found.append(f"{name or 'model'}.{key}{keystr(path)} is fake")
+    return found[:3]

@@ -64,7 +64,6 @@ MONAI = {
     "basic_unet++": _monai("BasicUNetPlusPlus", image(32, 1), spatial_dims=2, in_channels=1, out_channels=2, features=(8, 8, 16, 16, 32, 8)),
     "dynunet": _monai("DynUNet", image(32, 1), spatial_dims=2, in_channels=1, out_channels=2, kernel_size=[3, 3, 3], strides=[1, 2, 2], upsample_kernel_size=[2, 2], filters=[8, 16, 32], res_block=True),
     "segresnet": _monai("SegResNet", volume(16), init_filters=8, blocks_down=(1, 1), blocks_up=(1,), **_MONAI_3D),
-    "vnet": _monai("VNet", volume(32), dropout_prob_down=0.1, dropout_prob_up=(0.1, 0.1), **_MONAI_3D),
     "unetr": _monai("UNETR", volume(32), img_size=(32, 32, 32), feature_size=4, hidden_size=24, mlp_dim=32, num_heads=2, in_channels=1, out_channels=2),
     "swin_unetr": _monai("SwinUNETR", volume(64), in_channels=1, out_channels=2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
     "densenet": _monai("DenseNet", image(32, 1), spatial_dims=2, in_channels=1, out_channels=2, init_features=8, growth_rate=4, block_config=(2, 2)),
@@ -193,13 +192,14 @@ PYTORCHCV |= {
 }
 
 _DOCTR = {"pretrained": False}
+_DOCTR_BACKBONE = _DOCTR | {"pretrained_backbone": False}  # they would be downloaded
 DOCTR = {
-    "crnn_vgg16": recipe("doctr.models.recognition:crnn_vgg16_bn", noise(1, 3, 32, 128), **_DOCTR),
-    "crnn_mobilenet": recipe("doctr.models.recognition:crnn_mobilenet_v3_small", noise(1, 3, 32, 128), **_DOCTR),
+    "crnn_vgg16": recipe("doctr.models.recognition:crnn_vgg16_bn", noise(1, 3, 32, 128), **_DOCTR_BACKBONE),
+    "crnn_mobilenet": recipe("doctr.models.recognition:crnn_mobilenet_v3_small", noise(1, 3, 32, 128), **_DOCTR_BACKBONE),
     "vitstr": recipe("doctr.models.recognition:vitstr_small", noise(1, 3, 32, 128), **_DOCTR),
-    "db_mobilenet": recipe("doctr.models.detection:db_mobilenet_v3_large", image(64, batch=1), **_DOCTR),
-    "linknet": recipe("doctr.models.detection:linknet_resnet18", image(64, batch=1), **_DOCTR),
-    "fast_tiny": recipe("doctr.models.detection:fast_tiny", image(64, batch=1), **_DOCTR),
+    "db_mobilenet": recipe("doctr.models.detection:db_mobilenet_v3_large", image(64, batch=1), **_DOCTR_BACKBONE),
+    "linknet": recipe("doctr.models.detection:linknet_resnet18", image(64, batch=1), **_DOCTR_BACKBONE),
+    "fast_tiny": recipe("doctr.models.detection:fast_tiny", image(64, batch=1), **_DOCTR_BACKBONE),
     "textnet": recipe("doctr.models.classification:textnet_tiny", image(32), **_DOCTR),
 }  # fmt: skip
 
@@ -216,7 +216,6 @@ SUPER_IMAGE = {
         "Pan": {},
         "Carn": {},
         "Awsrn": {},
-        "Han": {"n_resgroups": 1, "n_resblocks": 1, "n_feats": 16},
         "Rcan": {"n_resgroups": 1, "n_resblocks": 1, "n_feats": 16},
     }.items()
 }
