@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
 from zoo.libraries import randomise_  # noqa: E402  (makes torchvision importable, too)
+from zoo.traces import call  # noqa: E402
 
 TABLE, DATA = ROOT / "docs" / "zoo.md", ROOT / "docs" / "zoo.json"
 LIMIT = 400  # seconds per model
@@ -224,15 +225,12 @@ def _transformers(name: str) -> Attempts:
 
 def run_model(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
     """Outputs and updated buffers from one fixed seed; buffers are put back."""
-    from pathlift.capture import as_inputs, tensors_in
-
-    given = as_inputs(inputs)
     buffers = [(b, b.clone()) for b in model.buffers()]
     model.train(training)
     torch.manual_seed(1)
     try:
         with torch.no_grad():
-            found = [t.clone() for t in tensors_in(model(*given.args, **given.kwargs))]
+            found = [t.clone() for t in call(model, inputs)]
         return found + [b.clone() for b, _ in buffers]
     finally:
         for buffer, value in buffers:

@@ -16,7 +16,7 @@ import pathlift
 from pathlift.symmetry.group import RescalingGroup
 from zoo import forks, third_party
 from zoo.parties.recipe import Recipe, noise, recipe
-from zoo.traces import differences, fake_tensors, snapshot
+from zoo.traces import differences, fake_tensors, reachable, snapshot
 
 
 def mlp() -> nn.Module:
@@ -109,6 +109,19 @@ def test_what_a_call_leaves_behind_is_seen(change: Callable[[Any], object], wher
         assert any(where in line for line in differences(before, snapshot(model)))
     finally:
         torch.set_grad_enabled(True)
+
+
+def test_every_tensor_of_an_output_is_compared() -> None:
+    class Slotted:
+        __slots__ = ("x",)
+
+    one, two, three, four = (torch.rand(2) for _ in range(4))
+    slotted: Any = Slotted()
+    slotted.x = three
+    output = {"a": [one, (two, one)], "b": slotted, "c": torch.distributions.Normal(four, 1.0)}
+    found = reachable(output)
+    assert [t is u for t, u in zip(found, (one, two, three, four), strict=False)] == [True] * 4
+    assert not reachable(mlp())
 
 
 def test_a_fake_tensor_is_found() -> None:

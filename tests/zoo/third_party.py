@@ -82,7 +82,8 @@ def survey(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         model, inputs = build(name)
-        run_model(model, inputs, False)
+        if not run_model(model, inputs, False):
+            raise ValueError("no tensor can be reached from its output")
         fresh, _ = build(name)
     except ImportError as error:
         return row | {"missing": first_line(error)}

@@ -1,4 +1,7 @@
-"""What a call must not change: modules' attributes, buffers, mode, random and grad state."""
+"""What a call gives, and what it must not change.
+
+Kept apart from the library's own idea of what an output is, which it is there to test.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,39 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 State = dict[str, Any]
 _DEPTH = 4
+
+
+def call(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Every tensor that can be reached from what the model returns."""
+    if isinstance(inputs, dict):
+        return reachable(model(**inputs))
+    return reachable(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
+
+
+def reachable(value: Any) -> list[Tensor]:
+    """Tensors in containers and in plain objects' attributes, each once; no module's parameters."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def visit(item: Any) -> None:
+        if id(item) in seen or isinstance(item, (nn.Module, nn.Parameter, type, str, bytes)):
+            return
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, dict):
+            for entry in item.values():
+                visit(entry)
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            for entry in item:
+                visit(entry)
+        elif not callable(item):
+            names = [*getattr(item, "__dict__", ()), *getattr(item, "__slots__", ())]
+            for name in names:
+                visit(getattr(item, name, None))
+
+    visit(value)
+    return found
 
 
 def snapshot(model: nn.Module) -> State:

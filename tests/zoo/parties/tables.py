@@ -144,7 +144,9 @@ FLOWS = {
     "normflows:planar": recipe("normflows.flows:Planar", noise(4, 4), (4,)),
     "normflows:spline": recipe("normflows.flows:AutoregressiveRationalQuadraticSpline", noise(4, 4), 4, 1, 8),
     "normflows:glow": recipe("normflows.flows:GlowBlock", image(4, 4), 4, 8),
-    "zuko:maf": recipe("zuko.flows:MAF", noise(4, 3), 3, transforms=2, hidden_features=(8, 8)),
+    "zuko:maf": recipe("zoo.parties.tables:Density", noise(4, 3), part("zuko.flows:MAF", 3, transforms=2, hidden_features=(8, 8))),
+    "zuko:nice": recipe("zoo.parties.tables:Density", noise(4, 4), part("zuko.flows:NICE", 4, transforms=2, hidden_features=(8, 8))),
+    "zuko:distribution": recipe("zuko.flows:MAF", noise(4, 2), 3, 2, transforms=1, hidden_features=(8,)),
     "zuko:nsf_net": recipe("zuko.nn:MaskedMLP", noise(4, 3), torch.ones(5, 3, dtype=torch.bool), hidden_features=(8, 8)),
     "zuko:mlp": recipe("zuko.nn:MLP", noise(4, 3), 3, 2, hidden_features=(8, 8), normalize=True),
     "zuko:monotonic": recipe("zuko.nn:MonotonicMLP", noise(4, 3), 3, 2, hidden_features=(8, 8)),
@@ -153,6 +155,17 @@ FLOWS = {
     "freia:nice": recipe("zoo.parties.tables:Coupled", noise(4, 6), "NICECouplingBlock"),
     "freia:rnvp": recipe("zoo.parties.tables:Coupled", noise(4, 6), "RNVPCouplingBlock"),
 }  # fmt: skip
+
+
+class Density(torch.nn.Module):
+    """The log-density of one of zuko's flows, whose forward gives a distribution."""
+
+    def __init__(self, flow: torch.nn.Module) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.flow().log_prob(x)
 
 
 class Coupled(torch.nn.Module):
