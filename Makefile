@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test zoo bench reproduce docs dist clean
+.PHONY: demo test zoo operators bench reproduce docs dist clean
 
 demo: .venv/installed
 	$(BIN)/pathlift demo
@@ -15,9 +15,14 @@ test: .venv/installed
 
 # Hours of models: random scales keep every bit of each one. Rows that docs/zoo.json holds are kept;
 # `make zoo FRESH=--fresh` starts again.
-zoo: .venv/installed
+zoo: .venv/installed .venv/zoo/installed
 	$(BIN)/python -m pytest -q -m zoo
 	$(BIN)/python tests/zoo/survey.py $(FRESH)
+	.venv/zoo/bin/python tests/zoo/third_party.py $(FRESH)
+
+# Every operator of PyTorch's own sample database: bits kept, errors worded, reports true.
+operators: .venv/installed
+	$(BIN)/python -W ignore tests/operators/sweep.py --jobs 2
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/conditioning.py --json bench.json
@@ -46,6 +51,16 @@ dist: .venv/installed
 		accelerate lightning pytorch-lightning lightning-utilities torchmetrics
 	$(BIN)/python -m pip install -q -c constraints.txt pillow pyyaml huggingface_hub tokenizers \
 		regex requests tqdm filelock packaging fsspec psutil
+	touch $@
+
+# Other people's libraries live apart from the project's: they look into .venv, and it not into them.
+.venv/zoo/installed: .venv/installed tests/zoo/third_party.txt
+	$(BIN)/python -m venv .venv/zoo
+	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" > .venv/zoo/path
+	.venv/zoo/bin/python -c "import pathlib, shutil, site; shutil.copy('.venv/zoo/path', \
+		pathlib.Path(site.getsitepackages()[0], 'project.pth'))"
+	.venv/zoo/bin/python -m pip install -q --no-deps --no-compile -r tests/zoo/third_party.txt
+	rm -rf .venv/zoo/lib/python*/site-packages/torchaudio/lib
 	touch $@
 
 clean:

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
 from zoo.libraries import randomise_  # noqa: E402  (makes torchvision importable, too)
+from zoo.traces import call  # noqa: E402
 
 TABLE, DATA = ROOT / "docs" / "zoo.md", ROOT / "docs" / "zoo.json"
 LIMIT = 400  # seconds per model
@@ -149,7 +150,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
             torch.manual_seed(0)
             model, inputs = attempt()
             randomise_(model)
-            _run(model, inputs, False)
+            run_model(model, inputs, False)
             return model, inputs
         except Exception as error:  # the next size may fit
             problem = error
@@ -222,24 +223,21 @@ def _transformers(name: str) -> Attempts:
     return [make]
 
 
-def _run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
+def run_model(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
     """Outputs and updated buffers from one fixed seed; buffers are put back."""
-    from pathlift.capture.inputs import as_inputs, tensors_in
-
-    given = as_inputs(inputs)
     buffers = [(b, b.clone()) for b in model.buffers()]
     model.train(training)
     torch.manual_seed(1)
     try:
         with torch.no_grad():
-            found = [t.clone() for t in tensors_in(model(*given.args, **given.kwargs))]
+            found = [t.clone() for t in call(model, inputs)]
         return found + [b.clone() for b, _ in buffers]
     finally:
         for buffer, value in buffers:
             buffer.copy_(value)
 
 
-def _same(before: list[Tensor], after: list[Tensor]) -> bool:
+def same(before: list[Tensor], after: list[Tensor]) -> bool:
     return len(before) == len(after) and all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
         if a.is_floating_point()
@@ -258,14 +256,14 @@ def survey(name: str) -> dict[str, Any]:
     try:
         model, inputs = build(name)
     except Exception as error:
-        return row | {"not built": _first_line(error)}
+        return row | {"not built": first_line(error)}
     row["parameters"] = sum(p.numel() for p in model.parameters())
     before: list[Any] = []
     for mode in (False, True):
         try:
-            before.append(_run(model, inputs, mode))
+            before.append(run_model(model, inputs, mode))
         except Exception as error:
-            before.append(_first_line(error))
+            before.append(first_line(error))
     model.train(not isinstance(before[1], str))
     try:
         start = time.perf_counter()
@@ -275,7 +273,7 @@ def survey(name: str) -> dict[str, Any]:
         group = infer_group(program)
         row["inference"] = time.perf_counter() - start
     except PathliftError as error:
-        return row | {"not captured": _first_line(error)}
+        return row | {"not captured": first_line(error)}
     row |= {"scales": group.num_scales, "pinned": group.unsupported}
     group.rescale_(model, torch.randint(-2, 3, (group.num_scales,)))
     for key, mode in (("eval", False), ("train", True)):
@@ -283,22 +281,23 @@ def survey(name: str) -> dict[str, Any]:
             row[key] = f"does not run: {before[mode]}"
         else:
             row[key] = (
-                "identical" if _same(before[mode], _run(model, inputs, mode)) else "DIFFERENT"
+                "identical" if same(before[mode], run_model(model, inputs, mode)) else "DIFFERENT"
             )
     return row
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def _isolated(name: str) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--one", name]
+def isolated(name: str, script: Path = Path(__file__), limit: int = LIMIT) -> dict[str, Any]:
+    """A row made by ``script --one name`` in a process of its own."""
+    command = [sys.executable, "-W", "ignore", str(script.resolve()), "--one", name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return {"name": name, "crashed": f"no answer within {LIMIT} s"}
+        return {"name": name, "crashed": f"no answer within {limit} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if lines:
         return dict(json.loads(lines[-1]))
@@ -335,17 +334,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         reason = r.get("crashed") or r.get("not built") or r.get("not captured")
         if reason:
             kind = next(k for k in ("crashed", "not built", "not captured") if k in r)
-            lines.append(f"| {r['name']} | | | {kind}: {_cell(reason)} | | | | |")
+            lines.append(f"| {r['name']} | | | {kind}: {cell(reason)} | | | | |")
             continue
         pinned = ", ".join(f"{op} {n}" for op, n in list(r["pinned"].items())[:4])
         lines.append(
-            f"| {r['name']} | {r['parameters']:,} | {r['scales']:,} | {_cell(r['eval'])} | "
-            f"{_cell(r['train'])} | {pinned} | {r['capture']:.2f} | {r['inference']:.3f} |"
+            f"| {r['name']} | {r['parameters']:,} | {r['scales']:,} | {cell(r['eval'])} | "
+            f"{cell(r['train'])} | {pinned} | {r['capture']:.2f} | {r['inference']:.3f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return text.replace("|", "/").replace("\n", " ")[:160]
 
 
@@ -369,7 +368,7 @@ def main() -> None:
     )
     missing = args.only or [n for n in names if n not in known]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for k, row in enumerate(pool.map(_isolated, missing), 1):
+        for k, row in enumerate(pool.map(isolated, missing), 1):
             known[row["name"]] = row
             rows = [known[n] for n in dict.fromkeys([*names, *known]) if n in known]
             DATA.write_text(json.dumps(rows, indent=1) + "\n")
