@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift.blame import explained, smallest
 from pathlift.capture.inputs import tensors_in
-from pathlift.capture.names import attributes
+from pathlift.capture.names import attributes, plain_arithmetic
 from pathlift.capture.program import Inputs, Program, symbols_in
 from pathlift.errors import RangeError, VerificationError
 from pathlift.homes.home import Home
@@ -87,7 +87,7 @@ def outputs(home: Home, program: Program, moved: frozenset[str] = frozenset()) -
         return None
     found: Outputs = []
     own = program.training
-    with Snapshot(model) as before, torch.no_grad():
+    with Snapshot(model) as before, torch.no_grad(), plain_arithmetic():
         skipped = {id(b) for n, b in program.buffers.items() if n in moved}
         skipped |= {id(p) for p in model.parameters()}
         for mode in dict.fromkeys(g.training for g in program.graphs):
@@ -100,7 +100,7 @@ def outputs(home: Home, program: Program, moved: frozenset[str] = frozenset()) -
                 out = _run(model, one, inputs)
                 own_tensors = attributes(model)
                 follow = {id(own_tensors[n]) for n in program.derived if n in own_tensors}
-                left = tensors_in([vars(m) for m in model.modules()])
+                left = [*model.buffers(), *own_tensors.values()]
                 seen = [*tensors_in(out), *(t for t in left if id(t) not in skipped | follow)]
                 found.append([t.detach().clone() for t in seen if t.layout == torch.strided])
             before.restore()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pathlift.cli import main
-from pathlift.training import optimizers
+from pathlift.tensors import state as optimizers
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]

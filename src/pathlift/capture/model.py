@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift import operations
 from pathlift.capture.inputs import as_inputs, describe, doubled, tensors_in
-from pathlift.capture.names import attributes, check_model, named_tensors
+from pathlift.capture.names import attributes, check_model, named_tensors, plain_arithmetic
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.record import Fakes, Recorder, ValueNeeded, graph_of, module_paths, users_line
 from pathlift.errors import CaptureError
@@ -49,9 +49,9 @@ def capture(model: nn.Module, example_inputs: object, source: Source | None = No
     model = check_model(model, meta=source is not None)
     inputs = as_inputs(example_inputs)
     parameters, buffers, aliases = named_tensors(model)
-    with LOCK, _quiet():
+    with LOCK, _quiet(), _fake_for_meta(model) as fake:
         before = Snapshot(model)
-        session = _Session(model, inputs, before, parameters, buffers)
+        session = _Session(model, inputs, before, parameters, buffers, fake)
         try:
             with before:
                 graphs = tuple(session.graphs())
@@ -79,8 +79,9 @@ class _Session:
         before: Snapshot,
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
+        fake: Fakes,
     ) -> None:
-        self.model, self.inputs, self.before = model, inputs, before
+        self.model, self.inputs, self.before, self.fake = model, inputs, before, fake
         self.real = not any(p.is_meta for p in parameters.values())
         self.own = model.training
         self.named = {id(t): n for n, t in [*buffers.items(), *parameters.items()]}
@@ -104,9 +105,8 @@ class _Session:
             for mode in modes:
                 self.examples[mode] = self._warm_up(mode, later)
         found: list[Graph] = []
-        with _fake_for_meta(self.model) as fake:
-            for mode in modes:
-                found += self._recorded(mode, self.examples[mode], later.get(mode), fake)
+        for mode in modes:
+            found += self._recorded(mode, self.examples[mode], later.get(mode))
         if self.stale:
             for graph, made in zip(found, self.made, strict=True):
                 graph.leaving.update(dict.fromkeys(made, "a tensor that forward leaves behind"))
@@ -140,7 +140,7 @@ class _Session:
         for k, inputs in enumerate(tries):
             self.set_mode(mode)
             try:
-                with torch.no_grad():
+                with torch.no_grad(), plain_arithmetic():
                     copies = pytree.tree_map_only(Tensor, _copy, (inputs.args, inputs.kwargs))
                     self.model(*copies[0], **copies[1])
                 return inputs
@@ -155,14 +155,12 @@ class _Session:
         if mode != self.own:
             self.model.train(mode)
 
-    def _recorded(
-        self, mode: bool, inputs: Inputs, later: Snapshot | None, fake: Fakes
-    ) -> list[Graph]:
-        found = [self._record(mode, inputs, self.before, fake)]
+    def _recorded(self, mode: bool, inputs: Inputs, later: Snapshot | None) -> list[Graph]:
+        found = [self._record(mode, inputs, self.before)]
         if later is not None:
             later.restore()
             try:
-                found.append(self._record(mode, inputs, later, fake))
+                found.append(self._record(mode, inputs, later))
             finally:
                 self.before.restore()
         return found
@@ -179,11 +177,11 @@ class _Session:
                 f"change tensors only. Keep what counts calls outside forward."
             )
 
-    def _record(self, mode: bool, inputs: Inputs, start: Snapshot, fake: Fakes) -> Graph:
+    def _record(self, mode: bool, inputs: Inputs, start: Snapshot) -> Graph:
         for _ in range(4):  # each round knows more of what a call changes
             self.set_mode(mode)
             try:
-                recorder, graph = self._recording(mode, inputs, fake)
+                recorder, graph = self._recording(mode, inputs)
                 old = start.replaced() | (start.tensors() - self.before.tensors())
                 unknown = (start.replaced() | recorder.changed()) - self.state
                 if start is not self.before:
@@ -200,10 +198,10 @@ class _Session:
             f"behind than the one before. Keep what lives between calls in buffers."
         )
 
-    def _recording(self, mode: bool, inputs: Inputs, fake: Fakes) -> tuple[Recorder, Graph]:
+    def _recording(self, mode: bool, inputs: Inputs) -> tuple[Recorder, Graph]:
         model = self.model
         recorder = Recorder(
-            fake,
+            self.fake,
             operations.known,
             {id(t): n for n, t in self._tensors().items()},
             frozenset(id(p) for n, p in self._tensors().items() if n in self.floating),
@@ -219,12 +217,12 @@ class _Session:
 
         args, kwargs = pytree.tree_map_only(Tensor, faked, (inputs.args, inputs.kwargs))
         try:
-            with _below_autograd(), module_paths(recorder, model), fake, recorder:
+            with _below_autograd(), module_paths(recorder, model), self.fake, recorder:
                 out = model(*args, **kwargs)
         except Exception as error:
             raise self._explained(mode, error) from error
         del args, kwargs
-        with _below_autograd(), fake:
+        with _below_autograd(), self.fake:
             outputs, leaving, made = recorder.results(tensors_in(out), attributes(model))
         self.made.append(made)
         return recorder, graph_of(recorder, mode, symbols, floating(outputs), leaving)
@@ -280,6 +278,7 @@ def _below_autograd() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(plain_arithmetic())
         stack.enter_context(torch._C._AutoDispatchBelowAutograd())
         stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))

@@ -48,14 +48,41 @@ def named_tensors(
     return parameters, buffers, aliases
 
 
+# What a module keeps for itself.
+_OWN = frozenset({"_parameters", "_buffers", "_modules"})
+
+
 def attributes(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors in attributes that are no parameters or buffers, by path and attribute."""
-    return {
-        f"{path}.{name}" if path else name: value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor)
-    }
+    """Tensors in attributes, and in containers there, that are no parameters or buffers.
+
+    Objects that are no containers are not looked into: a trainer or an optimiser that a module
+    knows is not part of it.
+    """
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _OWN and not name.endswith("_hooks"):
+                _collect(f"{path}.{name}" if path else name, value, found, 4)
+    return found
+
+
+def _collect(name: str, value: Any, found: dict[str, Tensor], depth: int) -> None:
+    if isinstance(value, Tensor):
+        if not isinstance(value, nn.Parameter):
+            found[name] = value
+    elif depth and isinstance(value, Mapping):
+        for key, one in value.items():
+            _collect(f"{name}[{key!r}]", one, found, depth - 1)
+    elif depth and isinstance(value, (list, tuple, set, frozenset)):
+        for k, one in enumerate(value):
+            _collect(f"{name}[{k}]", one, found, depth - 1)
+
+
+@contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """The types that the model itself computes in, whatever autocast the caller is in."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def check_model(model: object, meta: bool = False) -> nn.Module:

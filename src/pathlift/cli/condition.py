@@ -69,7 +69,7 @@ def run(args: Any) -> dict[str, Any]:
 
 def _checked(args: Any) -> dict[str, Any]:
     """Arguments of ``condition_``, looked at before any model is loaded."""
-    from pathlift.condition import check_arguments
+    from pathlift.condition import Settings
     from pathlift.criteria import as_criterion
     from pathlift.solve import SOLVERS
 
@@ -77,11 +77,10 @@ def _checked(args: Any) -> dict[str, Any]:
         "criterion": args.criterion,
         "solver": args.solver,
         "tol": args.tol,
-        "exact": not args.no_exact,
+        "exact": False if args.no_exact else None,
         "batch_norm": args.batch_norm,
     }
-    check_arguments(options["exact"], None, args.tol, True)
-    as_criterion(args.criterion, None)
+    Settings(as_criterion(args.criterion), options["exact"], tol=args.tol)
     if args.solver not in SOLVERS:
         raise unknown("solver", args.solver, SOLVERS)
     if args.stream and args.weights is None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pathlift.capture.names import plain_arithmetic
 from pathlift.capture.program import Call, Graph, Program, Symbol, call
 from pathlift.capture.walk import walk
 from pathlift.operations.normalization import epsilon, is_batch_norm
@@ -38,7 +39,7 @@ def batch_statistics(program: Program, training: bool) -> Statistics:
     )
     found: Statistics = {}
     wanted = {graph.calls[k] for k in untouched}
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
+    with torch.no_grad(), plain_arithmetic(), torch.random.fork_rng(devices=()):
         walk(start, _Values(program, wanted, found))
     return found
 
@@ -58,7 +59,7 @@ def variance_room(program: Program) -> dict[str, Tensor]:
     if not norms:
         return {}
     measured: Statistics = {}
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
+    with torch.no_grad(), plain_arithmetic(), torch.random.fork_rng(devices=()):
         walk(graph, _Values(program, set(norms), measured))
     found: dict[str, Tensor] = {}
     for one in norms:

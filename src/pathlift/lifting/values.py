@@ -73,7 +73,9 @@ class Squares:
         if isinstance(value, Lifted):
             return value
         coefficient = self.coefficient(value)
-        return Lifted(torch.as_tensor(coefficient, dtype=self.dtype, device=self.device))
+        if not isinstance(coefficient, Tensor):
+            coefficient = torch.full((), coefficient, dtype=self.dtype, device=self.device)
+        return Lifted(coefficient)
 
     def ones(self, shape: Sequence[int] = ()) -> Tensor:
         """A tensor of ones."""
