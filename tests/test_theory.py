@@ -214,6 +214,7 @@ def test_convolutions_and_norms() -> None:
         nn.Conv2d(8, 32, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(32, 10),
     ).eval()  # fmt: skip
+    model[4].num_batches_tracked.fill_(1)  # the prediction takes running statistics
     x = torch.zeros(1, 3, 12, 12)
     predicted = predict_log2_scales(model, x)
     values = [float(v) for v in predicted]

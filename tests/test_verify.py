@@ -99,7 +99,7 @@ def test_an_error_while_looking_restores_the_model() -> None:
     model.register_forward_hook(hook)
     for exact in (True, False):
         calls.clear()
-        with pytest.raises(RuntimeError, match="second run"):
+        with pytest.raises(pathlift.VerificationError, match="second run"):
             conditioned.condition_(exact=exact)
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 

@@ -116,10 +116,18 @@ def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
         )
         try:
             return model(*args, **kwargs)
-        except Exception:
+        except Exception as error:
             if k or inputs is instead:
-                raise
+                raise VerificationError(
+                    f"the model does not run any more on the inputs that it was captured on: "
+                    f"{type(error).__name__}: {_first_line(error)}. It is as "
+                    f"before; make sure that forward can be called several times in a row."
+                ) from error
     raise AssertionError
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "").rstrip(".")
 
 
 def _rolled(inputs: Inputs) -> Inputs:

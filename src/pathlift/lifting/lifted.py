@@ -192,13 +192,16 @@ class _SquaredReading:
                     if not noted:
                         context.approximate()
                         noted = True
-                    made.append(_similar(arguments, symbol.shape))
+                    made.append(_similar(context, arguments, symbol.shape))
             outputs.append(made if isinstance(output, list) else made[0])
         return outputs
 
 
-def _similar(arguments: dict[str, Any], shape: torch.Size) -> Lifted:
-    source = next(v for v in _leaves(arguments) if isinstance(v, Lifted))
+def _similar(context: Squares, arguments: dict[str, Any], shape: torch.Size) -> Lifted:
+    activations = (v for v in _leaves(arguments) if isinstance(v, Lifted))
+    source = next((v for v in activations if isinstance(v.tensor, Tensor)), None)
+    if source is None:  # weights alone, applied to what is not known: paths start here
+        return Lifted(context.ones().expand(shape))
     if source.tensor.shape == shape:
         return Lifted(source.tensor, source.shift)
     return source.map(lambda t: t.mean().expand(shape))
@@ -230,12 +233,14 @@ def _per_sample(entry: Operation, context: Squares, call: Call, arguments: dict[
     reading: Any = entry.squares
     shape = call.shape
     rank, size = len(shape), shape[0] if shape else 0
+    if rank < 2 or size < 2:
+        return reading(context, call, **arguments)
     names = [n for n in entry.samples(call) if n in arguments]
     full = [
         v.tensor if isinstance(v, Lifted) else v for n in names for v in _leaves([arguments[n]])
     ]
     full = [t for t in full if t.dim() == rank and t.shape[0] == size]
-    if rank < 2 or size < 2 or not full or any(t.stride(0) != 0 for t in full):
+    if not full or any(t.stride(0) != 0 for t in full):
         return reading(context, call, **arguments)
 
     def cut(value: Any) -> Any:

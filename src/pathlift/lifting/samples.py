@@ -90,7 +90,7 @@ class _Values:
         self.program, self.wanted, self.found = program, wanted, found
         inputs = program.inputs
         leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
-        self.inputs = [t for t in leaves if isinstance(t, Tensor)]
+        self.inputs = [_varied(t) for t in leaves if isinstance(t, Tensor)]
 
     def source(self, graph: Graph, symbol: Symbol) -> Any:
         """A parameter, buffer, input or constant."""
@@ -118,6 +118,17 @@ class _Values:
             self.found[one] = _of_batch(arguments)
         result = call(one.target, arguments)
         return list(result) if one.several else [result]
+
+
+def _varied(tensor: Tensor) -> Tensor:
+    """An input; noise for one that is the same everywhere (zeros, to say a shape)."""
+    if not tensor.is_floating_point() or tensor.numel() < 2 or tensor.layout != torch.strided:
+        return tensor
+    if bool((tensor != tensor.reshape(-1)[0]).any()):
+        return tensor
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    return noise.to(tensor.device, tensor.dtype)
 
 
 def _of_batch(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:

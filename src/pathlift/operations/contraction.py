@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pathlift.lifting.tables import Indices, Listing, Table, constant, numbers
 from pathlift.operations.gains import table
+from pathlift.operations.table import Undescribed
 from pathlift.symmetry.scales import Form, Value, add_forms, collapse, varying
 
 # A sum over channels and positions that is not separable costs one general equation per entry;
@@ -45,6 +46,8 @@ def contraction(inf: Any, operands: Sequence[Operand], out: Labels, shape: torch
     if any(v.zero for v, _ in operands):
         return Value(shape, Form(shape), zero=True)
     grid, sizes = _grid([(v.shape, labels) for v, labels in operands], out)
+    if 0 in sizes:
+        raise Undescribed  # nothing is multiplied: such a call shows nothing of other sizes
     new = [k for k, (v, _) in enumerate(operands) if inf.is_new(v)]
     weight = max(new, key=lambda k: operands[k][0].shape.numel()) if new else None
     full = torch.Size(sizes)
