@@ -24,6 +24,7 @@ from pathlift.experiments.summary import (
 NONE, EXACT, CONTINUOUS, ENORM = "baseline", "path", "path-continuous", "enorm-continuous"
 FOUR = (NONE, EXACT, CONTINUOUS, ENORM)
 NAMES = {NONE: "none", EXACT: "powers of two", CONTINUOUS: "continuous", ENORM: LABELS[ENORM]}
+LEAST_SEEDS = 5  # a bootstrap over fewer knows too few values
 FACTOR = 1.5  # between neighbouring rates
 # What is compared: a method and what it is compared with.
 PAIRS = (
@@ -69,10 +70,10 @@ def studies(small: bool) -> dict[str, Study]:
         return found
     part = {"epochs": 5, "samples": 12_000, "held_out": False}
     found["-mnist-autoencoder-sgd"] = _study(
-        "autoencoder:256-64-16", "mnist", "sgd", fine(0.667, 2, 3), seeds=range(3), **part
+        "autoencoder:256-64-16", "mnist", "sgd", fine(0.667, 2, 3), seeds=range(5), **part
     )
     found["-mnist-classifier-sgd"] = _study(
-        bottleneck, "mnist", "sgd", fine(0.3, 2, 2), seeds=range(3), **part
+        bottleneck, "mnist", "sgd", fine(0.3, 2, 2), seeds=range(5), **part
     )
     return found
 
@@ -92,7 +93,7 @@ class Comparison(NamedTuple):
     def verdict(self) -> str:
         """``"better"``, ``"worse"`` or ``"no difference shown"``, by the interval."""
         if self.interval is None:
-            return "no interval"
+            return "too few seeds"
         low, high = self.interval
         return "better" if high < 0 else "worse" if low > 0 else "no difference shown"
 
@@ -121,6 +122,8 @@ def compare(setting: Setting, pairs: Sequence[tuple[str, str]] = PAIRS) -> list[
             test: tuple[float, Interval] = (math.nan, None)
             if "test_loss" in own.curves:
                 test = difference(_final(own, "test_loss"), _final(base, "test_loss"))
+            if len(setting.seeds) < LEAST_SEEDS:
+                loss, test = (loss[0], None), (test[0], None)
             found.append(Comparison(setting, method, other, *loss, *test))
     return found
 
@@ -136,7 +139,8 @@ def decide(comparisons: Sequence[Comparison]) -> list[str]:
         sentences.append(
             f"Continuous against {NAMES[other]}: {answer} ({len(against)} comparisons: better in "
             f"{counts.count('better')}, worse in {counts.count('worse')}, no difference shown in "
-            f"{counts.count('no difference shown')})."
+            f"{counts.count('no difference shown')}, too few seeds in "
+            f"{counts.count('too few seeds')})."
         )
     return sentences
 
