@@ -182,36 +182,31 @@ def _spanned(value: float, interval: Interval, form: str, unit: float = 1.0) -> 
 
 
 def _draw(comparisons: Sequence[Comparison]) -> figures.Draw:
-    """Shares of the loss gained, with intervals: one line per setting, one colour per method."""
-    shown = [c for c in comparisons if c.other == NONE and c.interval is not None]
+    """Loss over that without conditioning, with intervals: one line per setting."""
+    shown = [c for c in comparisons if c.other == NONE and math.isfinite(c.loss)]
     settings = list(dict.fromkeys(c.setting.name for c in shown))
     methods = list(dict.fromkeys(c.method for c in shown))
 
     def draw(axes: Any) -> None:
         for k, method in enumerate(methods):
-            label: str | None = NAMES[method]
-            for c in shown:
-                if c.method != method or c.interval is None:
-                    continue
-                y = settings.index(c.setting.name) + 0.13 * (k - (len(methods) - 1) / 2)
-                ends = np.array(c.interval) / c.unit * 100
-                style = figures.line(k + 1)
-                axes.plot(ends, [y, y], color=style["color"], linewidth=2.5, alpha=0.5)
-                axes.plot(
-                    [c.loss / c.unit * 100],
-                    [y],
-                    figures.MARKERS[k],
-                    color=style["color"],
-                    markersize=5,
-                    label=label,
-                    linestyle="",
-                )
-                label = None
-        axes.axvline(0, color="#555", linewidth=1)
-        names = [n.replace(" on ", "\non ") for n in settings]
-        axes.set_yticks(range(len(settings)), names)
+            colour = figures.line(k + 1)["color"]
+            mine = [c for c in shown if c.method == method]
+            shift = 0.16 * (k - (len(methods) - 1) / 2)
+            heights = [settings.index(c.setting.name) + shift for c in mine]
+            for c, y in zip(mine, heights, strict=True):
+                if c.interval is not None:
+                    ends = 1 + np.array(c.interval) / c.unit
+                    axes.plot(ends, [y, y], color=colour, linewidth=2.5, alpha=0.5)
+            ratios = [1 + c.loss / c.unit for c in mine]
+            marker = figures.MARKERS[k]
+            axes.plot(ratios, heights, marker, color=colour, markersize=5, label=NAMES[method])
+        axes.axvline(1, color="#555", linewidth=1)
+        axes.set_yticks(range(len(settings)), [n.replace(" on ", "\non ") for n in settings])
         axes.set_ylim(len(settings) - 0.5, -0.5)
-        axes.set(xlabel="final loss against none, %, own best rates")
+        axes.set(xlabel="final loss / that without conditioning, own best rates")
+        low, high = axes.get_xlim()
+        marks = [0.125, 0.25, 0.5, 1, 2, 4, 8]
+        figures.ticks(axes, [m for m in marks if low <= m <= high])
         figures.legend(axes)
 
     return draw
@@ -228,8 +223,8 @@ def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
         _draw(comparisons), run.output / f"{name}-decision", (6.4, 1.6 + 0.8 * len(chosen))
     )
     caption = (
-        "Final training loss of every method against none, each at its own best rate: shares of "
-        "the loss without conditioning and 95% intervals over paired seeds; left is better."
+        "Final training loss of every method over that without conditioning, each at its own best "
+        "rate, with 95% intervals over paired seeds (none: too few seeds); left is better."
     )
     return Result(
         [(f"{name}-decision", caption), *(f for r in results for f in r.figures)],

@@ -164,7 +164,7 @@ def run_study(name: str, study: Study, run: Run) -> Result:
         caption = f"Final training loss over the {study.axis}, own best rates: mean over seeds."
         save("loss", _over_family(study, ordered, targets, _final), caption)
     shown = settings[study.family[study.shown]]
-    about = f"{shown.architecture} on {shown.data}"
+    about = shown.name
     curve = "accuracy" if study.target and study.target.metric == "accuracy" else "loss"
     caption = f"Training {curve} of {about}, own best rates: median and quartiles over seeds."
     save("curves", draw_curves(shown, curve), caption)
