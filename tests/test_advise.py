@@ -142,6 +142,8 @@ def test_the_rule_agrees_with_the_runs_it_rests_on() -> None:
     wrong = []
     for entry in entries:
         sign = entry["methods"]["path-continuous"]["own_best_rates"]["sign"]
+        if sign is None:  # too few seeds
+            continue
         verdict = judge(_facts(entry)).verdict
         right = {LIKELY: sign > 0, NOTHING: sign == 0, DONT: sign <= 0}[verdict]
         if not right:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pathlift.experiments.exactness import Comparison, compare, decide, fine, studies, table
+from pathlift.experiments.study import finished
 from pathlift.experiments.summary import Runs, Setting
 
 RATES, SEEDS = [0.1, 0.15, 0.225], 20
@@ -62,6 +64,14 @@ def test_the_decision_follows_the_intervals() -> None:
     assert "better in 1, worse in 1" in said[0] and "better in 2, worse in 0" in said[1]
 
 
+def test_two_seeds_are_no_evidence() -> None:
+    setting = _setting(baseline=[1.0] * 3, path=[0.9] * 3)
+    few = {n: replace(r, curves={"loss": r.loss[:, :2]}) for n, r in setting.runs.items()}
+    (found,) = compare(replace(setting, seeds=[0, 1], runs=few))
+    assert found.verdict == "too few seeds" and found.loss == pytest.approx(-0.1, abs=0.01)
+    assert "[" not in table([found]).lines[0][8]
+
+
 def test_a_method_that_diverges_everywhere_is_worse_than_any() -> None:
     found = compare(_setting(baseline=[1.0] * 3, path_continuous=[np.inf] * 3))
     assert [c.verdict for c in found] == ["worse"]
@@ -81,13 +91,20 @@ def test_rates_are_a_factor_apart_and_small_is_a_part_of_full() -> None:
     assert all(len(s.grid["seeds"]) == 20 for s in small.values())
 
 
+def test_what_is_finished_are_whole_seeds() -> None:
+    study = studies(True)["-digits-classifier-sgd"]
+    cells = study.cells()
+    known = {c.key for c in cells if c.seed < 7} | {c.key for c in cells if c.method == "path"}
+    found = finished({"-one": study, "-two": studies(True)["-digits-autoencoder-adam"]}, known)
+    assert list(found) == ["-one"] and found["-one"].grid["seeds"] == list(range(7))
+    assert {c.key for c in found["-one"].cells()} <= known
+
+
 def test_the_command_writes_tables_figures_and_the_decision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("pyarrow")
     pytest.importorskip("matplotlib")
-    from dataclasses import replace
-
     from pathlift.cli import main
     from pathlift.experiments import exactness, reproduce
 
@@ -108,7 +125,7 @@ def test_the_command_writes_tables_figures_and_the_decision(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / "exact.cells.parquet").rename(elsewhere / "exact.cells.parquet")
-    assert main(["reproduce", "exact", "--small", "-o", str(elsewhere)]) == 0
+    assert main(["reproduce", "exact", "--small", "--finished", "-o", str(elsewhere)]) == 0
     assert "8 cells are there, 0 to train" in capsys.readouterr().err
     assert (elsewhere / "exact.csv").read_text() == (tmp_path / "exact.csv").read_text()
     assert (tmp_path / "exact-decision.png").read_bytes()[:4] == b"\x89PNG"

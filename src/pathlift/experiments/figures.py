@@ -60,10 +60,11 @@ def line(index: int) -> dict[str, Any]:
 
 def legend(axes: Any) -> None:
     """Below the axes where it would hide the curves."""
-    count = len(axes.get_legend_handles_labels()[1])
-    if count > 3:
-        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    elif count:
+    labels = axes.get_legend_handles_labels()[1]
+    columns = 1 if max(map(len, labels), default=0) > 30 else 2  # what the width holds
+    if len(labels) > 3:
+        axes.figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    elif labels:
         axes.legend(frameon=False)
 
 

@@ -15,7 +15,16 @@ from pathlift.errors import ArgumentError
 from pathlift.experiments import exactness, when
 from pathlift.experiments.gauges import cost, scales
 from pathlift.experiments.store import Store
-from pathlift.experiments.study import Experiment, Progress, Result, Run, Study, Table, run_study
+from pathlift.experiments.study import (
+    Experiment,
+    Progress,
+    Result,
+    Run,
+    Study,
+    Table,
+    finished,
+    run_study,
+)
 from pathlift.experiments.summary import Target
 from pathlift.experiments.sweep import add_place_arguments, place_of
 
@@ -120,21 +129,26 @@ def _autoencoder(small: bool) -> dict[str, Study]:
     }
 
 
+def _studies(name: str, small: bool, run: Run) -> dict[str, Study]:
+    """An experiment's studies: whole, or as far as they have come."""
+    found = EXPERIMENTS[name].studies(small)
+    return finished(found, run.store().keys()) if run.finished else found
+
+
 def _exact(name: str, small: bool, run: Run) -> Result:
     """Train and compare; decide between continuous scales and powers of two."""
-    return exactness.experiment(name, EXPERIMENTS[name].studies(small), run)
+    return exactness.experiment(name, _studies(name, small, run), run)
 
 
 def _when(name: str, small: bool, run: Run) -> Result:
     """Gather what every setting gained."""
-    return when.experiment(name, EXPERIMENTS[name].studies(small), run)
+    return when.experiment(name, _studies(name, small, run), run)
 
 
 def _train(name: str, small: bool, run: Run) -> Result:
     """Train every study of an experiment."""
     parts = [
-        run_study(name + suffix, study, run)
-        for suffix, study in EXPERIMENTS[name].studies(small).items()
+        run_study(name + suffix, study, run) for suffix, study in _studies(name, small, run).items()
     ]
     return Result(
         [f for p in parts for f in p.figures],
@@ -190,7 +204,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Networks with a bottleneck, SGD and Adam, batch 128, PyTorch's initialisation; rates a "
         "factor 1.5 apart. Digits: 64-128-32-8-32-128-64 (pixels scaled one by one), 40 epochs, "
         "and 64-256-16-256-10, 20 epochs; 20 seeds. Full: also MNIST's first 12,000 images, "
-        "784-256-64-16-64-256-784 and 784-256-16-256-10, 5 epochs, 5 seeds.",
+        "784-256-64-16-64-256-784 and 784-256-16-256-10, 5 epochs, 5 seeds. The table says how "
+        "many seeds there are so far.",
         _exact,
         exactness.studies,
     ),
@@ -224,6 +239,7 @@ def add_arguments(parser: Any) -> None:
     add = parser.add_argument
     add("name", choices=[*EXPERIMENTS, "all"])
     add("--small", action="store_true", help="on embedded data, in minutes on one core")
+    add("--finished", action="store_true", help="train nothing: the seeds that are there")
     add("-o", "--output", type=Path, default=Path("docs/reproduced"))
     add_place_arguments(parser)
 
@@ -233,7 +249,7 @@ def main(args: Any, progress: Progress) -> dict[str, Any]:
     if args.processes < 1:
         raise ArgumentError(f"--processes must be at least 1; found {args.processes}.")
     args.output.mkdir(parents=True, exist_ok=True)
-    run = Run(args.output, place_of(args), args.processes, args.dask, progress)
+    run = Run(args.output, place_of(args), args.processes, args.dask, progress, args.finished)
     names = list(EXPERIMENTS) if args.name == "all" else [args.name]
     for name in names:
         progress(f"{name}{' (small)' if args.small else ''}")
@@ -249,11 +265,13 @@ def write(name: str, small: bool, run: Run) -> Result:
     """Run an experiment; write its figures, ``NAME.csv``, ``NAME.md`` and its cells, packed."""
     experiment = EXPERIMENTS[name]
     result = experiment.run(name, small, run)
-    _pack({c.key for s in experiment.studies(small).values() for c in s.cells()}, name, run)
+    _pack({c.key for s in _studies(name, small, run).values() for c in s.cells()}, name, run)
     for k, table in enumerate(result.tables):
         path = run.output / f"{name}{'' if k == 0 else f'-{k + 1}'}.csv"
         path.write_text(_csv(table), encoding="utf-8", newline="")
     command = f"pathlift reproduce {name}{' --small' if small else ''}"
+    if run.finished:
+        command += " --finished"
     if run.place.device != "cpu":
         command += f" --device {run.place.device}"
     parts = [f"## {experiment.title}", experiment.about, f"    {command}"]

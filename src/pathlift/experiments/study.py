@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ class Run:
         processes: of the sweep.
         dask: see :func:`pathlift.experiments.sweep.sweep`.
         progress: called with a line now and then.
+        finished: train nothing; take the seeds whose cells are all there.
     """
 
     output: Path
@@ -61,6 +62,7 @@ class Run:
     processes: int = 1
     dask: str | None = None
     progress: Progress = print
+    finished: bool = False
 
     def store(self) -> Store:
         """Finished cells: those of this machine, and those that were packed before."""
@@ -118,6 +120,17 @@ class Experiment:
     studies: Callable[[bool], dict[str, Study]] = field(default=lambda small: {})
 
 
+def finished(studies: dict[str, Study], known: set[str]) -> dict[str, Study]:
+    """The studies with the seeds whose cells are all among the known keys; none: left out."""
+    found = {}
+    for suffix, study in studies.items():
+        lacking = {c.seed for c in study.cells() if c.key not in known}
+        seeds = [s for s in study.grid["seeds"] if s not in lacking]
+        if seeds:
+            found[suffix] = replace(study, grid={**study.grid, "seeds": seeds})
+    return found
+
+
 def stored(study: Study, run: Run) -> list[Row]:
     """A study's rows, trained where they are missing."""
     return sweep(
@@ -151,7 +164,7 @@ def run_study(name: str, study: Study, run: Run) -> Result:
         caption = f"Final training loss over the {study.axis}, own best rates: mean over seeds."
         save("loss", _over_family(study, ordered, targets, _final), caption)
     shown = settings[study.family[study.shown]]
-    about = f"{shown.architecture} on {shown.data}"
+    about = shown.name
     curve = "accuracy" if study.target and study.target.metric == "accuracy" else "loss"
     caption = f"Training {curve} of {about}, own best rates: median and quartiles over seeds."
     save("curves", draw_curves(shown, curve), caption)

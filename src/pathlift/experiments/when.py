@@ -15,7 +15,7 @@ from typing import Any
 from pathlift.curvature import curvature
 from pathlift.experiments.architectures import widths_of
 from pathlift.experiments.compare import LABELS
-from pathlift.experiments.exactness import CONTINUOUS, NONE, fine, rate_of
+from pathlift.experiments.exactness import CONTINUOUS, LEAST_SEEDS, NONE, fine, rate_of
 from pathlift.experiments.exactness import studies as decided
 from pathlift.experiments.methods import loss_of
 from pathlift.experiments.study import Result, Run, Study, Table, stored
@@ -120,13 +120,16 @@ def _method(setting: Setting, name: str) -> dict[str, Any]:
 
 
 def _gain(setting: Setting, name: str, rates: Sequence[int]) -> dict[str, Any]:
-    """The share of the baseline's loss that the method gains, with its interval and its sign."""
+    """The share of the baseline's loss that the method gains, with its interval and its sign.
+
+    The sign is 0 where the interval has both, and None where there are too few seeds for one.
+    """
     final = [setting.runs[n].loss[list(rates), :, -1] for n in (name, NONE)]
     value, interval = difference(final[0], final[1])
     unit = float(final[1].mean(1).min())
     share: Interval = None
-    sign = 0
-    if interval is not None and math.isfinite(unit):
+    sign = None
+    if interval is not None and math.isfinite(unit) and len(setting.seeds) >= LEAST_SEEDS:
         share = (-interval[1] / unit, -interval[0] / unit)
         sign = 1 if share[0] > 0 else -1 if share[1] < 0 else 0
     return {"gain": -value / unit, "interval": share, "sign": sign}
@@ -148,7 +151,7 @@ def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
 
 def _table(entries: Sequence[dict[str, Any]]) -> Table:
     head = (
-        *("network", "data", "optimizer", "width ratio", "method", "imbalance"),
+        *("network", "data", "optimizer", "seeds", "width ratio", "method", "imbalance"),
         *(
             "stable rate / baseline's",
             "best rate / baseline's",
@@ -163,10 +166,11 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
         for m in e["methods"].values():
             gains = [m[k] for k in ("own_best_rates", "baseline_best_rate", "smallest_rate")]
             imbalance = f"{e['imbalance_before']:.3f} → {m['imbalance_after']:.3f}"
-            front = (network, e["data"], e["optimizer"], f"{e['width_ratio']:g}", m["label"])
+            front = (network, e["data"], e["optimizer"], str(e["seeds"]))
+            about = (f"{e['width_ratio']:g}", m["label"], imbalance)
             stable = f"{e['stable_rate_factor']:.2g}" if m["label"] == LABELS[CONTINUOUS] else ""
             rates = (stable, f"{m['rate_ratio']:.2g}")
-            lines.append((*front, imbalance, *rates, *map(_shown, gains)))
+            lines.append((*front, *about, *rates, *map(_shown, gains)))
     return Table(head, lines)
 
 
@@ -183,7 +187,8 @@ def _sentences(entries: Sequence[dict[str, Any]]) -> list[str]:
     for e in entries:
         m = e["methods"][CONTINUOUS]
         gain = m["own_best_rates"]
-        what = {1: "a gain", 0: "no difference shown", -1: "a loss"}[gain["sign"]]
+        signs = {1: "a gain", 0: "no difference shown", -1: "a loss", None: "too few seeds"}
+        what = signs[gain["sign"]]
         norm = ", batch norm" if e["batch_norm"] else ""
         found.append(
             f"{e['architecture']} on {e['data']}, {e['optimizer']}{norm}, continuous: {what} at "
