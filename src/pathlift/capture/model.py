@@ -299,15 +299,14 @@ def _functorch_level() -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No warning and no log of torch's reaches the user while a model is recorded."""
-    logger = logging.getLogger("torch")
-    disabled = logger.disabled
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logger.disabled = True
+        logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
-            logger.disabled = disabled
+            logging.disable(before)
 
 
 @contextmanager
