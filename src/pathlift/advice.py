@@ -47,6 +47,7 @@ class Facts:
         width_ratio: widest layer whose channels can be rescaled, over the narrowest; 1 if none.
         batch_norms: batch norms per weight tensor.
         other_norms: layer, RMS, group and such norms per weight tensor.
+        convolutions: weights with more than two axes, per weight tensor.
         attention: whether attention is computed somewhere.
         optimizer: ``"sgd"``, ``"adaptive"`` (Adam and its kin), ``"muon"`` or ``"unknown"``.
         span: largest minus smallest log2 scale that conditioning would apply.
@@ -58,6 +59,7 @@ class Facts:
     width_ratio: float
     batch_norms: float = 0.0
     other_norms: float = 0.0
+    convolutions: float = 0.0
     attention: bool = False
     optimizer: str = "unknown"
     span: float = 0.0
@@ -150,19 +152,20 @@ def advise(
 
 def judge(facts: Facts) -> Advice:
     """The verdict on what is known: the first rule that applies decides."""
-    for rule in (_nothing_moves, _normalised, _behind_batch_norms, _adaptive, _level, _equal):
+    for rule in (
+        *(_nothing_moves, _normalised, _behind_batch_norms, _adaptive),
+        *(_convolutional, _level, _equal),
+    ):
         found = rule(facts)
         if found is not None:
             verdict, reason = found
             break
     else:
-        verdict, reason = (
-            LIKELY,
-            (
-                f"Widths change ({facts.width_ratio:g} times) and plain SGD has one rate for all "
-                f"layers: such autoencoders and bottlenecks ended 8% to 13% lower, each at its own "
-                f"best rate."
-            ),
+        verdict = LIKELY
+        reason = (
+            f"Widths change ({facts.width_ratio:g} times) and plain SGD has one rate for all "
+            f"layers: autoencoders ended 5% to 17% lower and a classifier with a bottleneck 38%, "
+            f"each at its own best rate."
         )
     settings: dict[str, Any] = {"criterion": "path-kernel", "exact": False, "batch_norm": "pinned"}
     return Advice(verdict, [reason, *_remarks(facts)], settings, _rate(facts, verdict), facts)
@@ -194,7 +197,7 @@ def _behind_batch_norms(facts: Facts) -> Finding:
     if facts.batch_norms >= NORMALISED:
         return DONT, (
             "Batch norms divide a scale out again, which the path kernel does not see: behind them "
-            "nothing was gained at own best rates, and deep networks needed more epochs."
+            "a classifier with a bottleneck ended 39% higher, and equal widths gained nothing."
         )
     return None
 
@@ -203,12 +206,22 @@ def _adaptive(facts: Facts) -> Finding:
     if facts.optimizer == "adaptive":
         return NOTHING, (
             "Adam and its kin take steps of one size in every parameter, so they have balanced "
-            "most of what conditioning balances: no gain was seen at own best rates."
+            "most of what conditioning balances: over 20 seeds at own best rates neither an "
+            "autoencoder (3% lower) nor a classifier (6% higher) showed a difference."
         )
     if facts.optimizer == "muon":
         return NOTHING, (
             "Muon takes steps of one size in every direction of a layer; no run with it has shown "
             "a gain."
+        )
+    return None
+
+
+def _convolutional(facts: Facts) -> Finding:
+    if facts.convolutions >= 0.5:
+        return NOTHING, (
+            "Most weights are convolutions: a fully convolutional network gained nothing, and with "
+            "continuous scales ended higher, its largest rates being no longer stable."
         )
     return None
 
@@ -239,7 +252,7 @@ def _remarks(facts: Facts) -> list[str]:
     if facts.optimizer == "unknown":
         found.append(
             "The optimiser is not known, so this is the advice for SGD; with Adam and its kin "
-            "nothing was gained. Pass optimizer=."
+            "no difference was shown. Pass optimizer=."
         )
     if facts.span > 12:
         found.append(
@@ -253,9 +266,9 @@ def _rate(facts: Facts, verdict: str) -> str:
     if verdict != LIKELY:
         return "as without conditioning."
     return (
-        "search again, a factor 2 up and down: the best rate changed by 0.67 for an autoencoder "
-        "and by 1.5 for a classifier, and the largest stable rate, which data=(loader, loss) "
-        "measures, said which (0.71 and 1.5)."
+        "search again, a factor 2 up and down: the best rate changed by 0.45 to 1 for "
+        "autoencoders and by 1.5 for a classifier. The largest stable rate, which data=(loader, "
+        "loss) measures, said which way (0.31 to 0.63, and 1.5)."
     )
 
 
@@ -337,6 +350,7 @@ def _facts(model: nn.Module, group: RescalingGroup, report: ConditioningReport, 
         width_ratio=max(widths) / min(widths) if widths else 1.0,
         batch_norms=batch / weights,
         other_norms=max(len(norms) - batch, functional) / weights,
+        convolutions=sum(len(s.shape) > 2 for s in group.parameters.values()) / weights,
         attention=any("attention" in n for n in (*names, *stand_ins)),
         optimizer=kind,
         span=float(scales.max() - scales.min()) if len(scales) else 0.0,

@@ -91,5 +91,6 @@ def test_the_file_is_written(tmp_path: Path) -> None:
     run = Run(tmp_path, Place(), progress=lambda text: None)
     result = when.experiment("when", {"-moons": study}, run)
     (found,) = json.loads((tmp_path / "when.json").read_text())
-    assert set(found["methods"]) == {"path-continuous", "path-root"} and found["width_ratio"] == 3
-    assert len(result.tables[0].lines) == 2 and len(result.findings) == 1
+    assert set(found["methods"]) == {"path-continuous", "path-root", "path-first"}
+    assert found["width_ratio"] == 3
+    assert len(result.tables[0].lines) == 3 and len(result.findings) == 1
