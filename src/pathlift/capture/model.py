@@ -84,7 +84,6 @@ class _Session:
         self.model, self.inputs, self.before, self.fake = model, inputs, before, fake
         self.real = not any(p.is_meta for p in parameters.values())
         self.own = model.training
-        self.named = {id(t): n for n, t in [*buffers.items(), *parameters.items()]}
         self.floating = {n: p for n, p in parameters.items() if p.is_floating_point()}
         # Tensors of the inputs that no container shows: their values are not known.
         self.state = {id(t) for t in tensors_in((inputs.args, inputs.kwargs))}
@@ -199,12 +198,12 @@ class _Session:
         )
 
     def _recording(self, mode: bool, inputs: Inputs) -> tuple[Recorder, Graph]:
-        model = self.model
+        model, tensors = self.model, self._tensors()
         recorder = Recorder(
             self.fake,
             operations.known,
-            {id(t): n for n, t in self._tensors().items()},
-            frozenset(id(p) for n, p in self._tensors().items() if n in self.floating),
+            {id(t): n for n, t in tensors.items()},
+            frozenset(id(p) for n, p in tensors.items() if n in self.floating),
             frozenset(self.state),
         )
         self.recorders.append(recorder)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import gc
 import linecache
+import math
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -281,7 +281,7 @@ class Recorder(TorchDispatchMode):
         symbolic = any(self._symbolic(t) for t in tensors)
         if not symbolic and self._computable(plan, bound):
             return self._compute(func, plan, bound, args, kwargs)
-        if plan.name in _VALUES or plan.full == "aten::_local_scalar_dense":
+        if plan.name in _VALUES:
             raise ValueNeeded(plan.name)
         if not self.known(plan.name) and plan.composite:
             with self:
@@ -297,10 +297,7 @@ class Recorder(TorchDispatchMode):
             return plan.reshaped
         size = bound.get("size")
         if isinstance(size, (list, tuple)):
-            count = 1
-            for n in size:
-                count *= n if isinstance(n, int) else 1
-            return count <= _MAX_CONSTANT
+            return math.prod(n for n in size if isinstance(n, int)) <= _MAX_CONSTANT
         return True
 
     def _compute(
@@ -681,21 +678,14 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-def users_line(error: BaseException | None = None) -> str:
+def users_line(error: BaseException) -> str:
     """The innermost line of code that is neither torch's nor ours: ``file.py:12: if x > 0:``."""
     frames = []
-    if error is not None and error.__traceback__ is not None:
-        trace: Any = error.__traceback__
-        while trace is not None:
-            frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
-            trace = trace.tb_next
-        frames.reverse()
-    else:
-        frame: Any = sys._getframe(1)
-        while frame is not None:
-            frames.append((frame.f_code.co_filename, frame.f_lineno))
-            frame = frame.f_back
-    for file, line in frames:
+    trace = error.__traceback__
+    while trace is not None:
+        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+        trace = trace.tb_next
+    for file, line in reversed(frames):
         path = os.path.abspath(file)
         if file.startswith("<") or path.startswith((_TORCH, _OWN)) or "contextlib" in file:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from pathlift.capture.program import Call, Graph, Symbol, replaced, symbols_in
@@ -21,9 +20,7 @@ class Reading(Protocol):
         """No later call reads the symbol."""
 
 
-def walk(
-    graph: Graph, reading: Reading, finished: Callable[[Call], None] | None = None
-) -> dict[Symbol, Any]:
+def walk(graph: Graph, reading: Reading) -> dict[Symbol, Any]:
     """Run ``reading`` over all calls; the values of what leaves the model.
 
     A value is let go after the last call that reads it.
@@ -46,8 +43,6 @@ def walk(
         for symbol in dead:
             env.pop(symbol, None)
             reading.free(symbol)
-        if finished is not None:
-            finished(call)
     for symbol in symbols_in([*graph.outputs, *graph.leaving]):
         value_of(symbol)
     return env

@@ -26,11 +26,6 @@ from pathlift.symmetry.scales import Form, Value, compact
 NOT_LINEAR = NoPaths("it is not piecewise linear in the network's input")
 
 
-def plain(value: Any) -> Any:
-    """A lifted activation as what other arguments may ask of it: a shape."""
-    return value.tensor if isinstance(value, Lifted) else value
-
-
 # ------------------------------------------------------------------------------- identity
 
 
