@@ -58,7 +58,6 @@ class Step:
     pick: int | None
     shape: torch.Size
     dtype: torch.dtype
-    before: torch.Size
 
 
 @dataclass(eq=False)

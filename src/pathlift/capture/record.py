@@ -376,8 +376,6 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """An operation that gives a tensor another shape in place."""
         slot = self._slot(tensor)
-        before = slot.symbol
-        assert before is not None
         symbol = Symbol(tensor.shape, tensor.dtype)
         self._append(plan.functional, plan.name, arguments, (symbol,), False)
         step = Step(
@@ -388,7 +386,6 @@ class Recorder(TorchDispatchMode):
             None,
             tensor.shape,
             tensor.dtype,
-            before.shape,
         )
         slot.chain, slot.symbol = (*slot.chain, step), symbol
         return tensor
@@ -572,7 +569,6 @@ class Recorder(TorchDispatchMode):
             pick,
             tensor.shape,
             tensor.dtype,
-            viewed.shape,
         )
         return Slot(slot.root, (*slot.chain, step), symbol, slot.root.version)
 
