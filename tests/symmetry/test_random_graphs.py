@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import torch
@@ -26,7 +27,8 @@ class RandomGraph(nn.Module):
         self.layers = nn.ModuleDict()
         self.gains = nn.ParameterDict()
         for k in range(steps):
-            kind = rng.choice(sorted(OPERATIONS))
+            # Half of the steps are layers, so that there is something to scale.
+            kind = rng.choice(sorted(LAYERS if rng.random() < 0.5 else OPERATIONS))
             # The latest activations are read most often, so that depth grows.
             reads = [max(rng.randrange(k + 1), rng.randrange(k + 1)) for _ in range(2)]
             self.plan.append((kind, reads, rng.randrange(1000)))
@@ -59,7 +61,47 @@ def _conv(groups: int, kernel: int):
     return make
 
 
+class Memory(nn.Module):
+    """Adds what the calls before have left in a buffer, and leaves something itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.randn(CHANNELS, 1, 1))
+
+    def forward(self, a: Tensor) -> Tensor:
+        out = a + self.mean
+        self.mean.mul_(0.5).add_(a.detach().mean((0, 2, 3)).view(CHANNELS, 1, 1))
+        return out
+
+
+class Attribute(nn.Module):
+    """Keeps its input in a plain attribute: the next call meets it there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+
+    def forward(self, a: Tensor) -> Tensor:
+        out = a if self.last is None else a + self.last
+        self.last = a.detach().clone()
+        return out
+
+
+class Flag(nn.Module):
+    """Another operation in either mode, read from a flag; the layer is used in one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, a: Tensor) -> Tensor:
+        return self.layer(a) if self.training else a.flip(1)
+
+
 LAYERS = {
+    "memory": lambda rng: Memory(),
+    "attribute": lambda rng: Attribute(),
+    "flag": lambda rng: Flag(),
     "conv": _conv(1, 3),
     "pointwise": _conv(1, 1),
     "grouped": _conv(2, 1),
@@ -79,6 +121,38 @@ def _attention(a: Tensor, layer: nn.Module) -> Tensor:
     q, k, v = layer(a.flatten(2).transpose(1, 2)).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, (SIZE, SIZE))
+
+
+def _without_gradients(a: Tensor, b: Tensor) -> Tensor:
+    with torch.no_grad():
+        c = a * 2
+    return c + b
+
+
+def _written(a: Tensor, b: Tensor, n: int) -> Tensor:
+    c = a.clone()
+    c[:, n % 4] = b[:, (n // 4) % 4]
+    return c
+
+
+def _written_in_a_view(a: Tensor, b: Tensor, n: int) -> Tensor:
+    """Written through one view, read through another that was made before."""
+    c = a.clone(memory_format=torch.contiguous_format)
+    seen = c.flatten(2)[:, n % 3 :]
+    c[:, 1:].add_(b[:, :-1])
+    return torch.cat([seen, c.flatten(2)[:, : n % 3]], 1).unflatten(2, (SIZE, SIZE))
+
+
+def _gathered(a: Tensor, b: Tensor, n: int) -> Tensor:
+    largest, places = b.max(n % 3 + 1, keepdim=True)
+    return b + a.gather(n % 3 + 1, places) * 2 - largest
+
+
+def _split(a: Tensor, b: Tensor, n: int) -> Tensor:
+    first, *rest = (a if n % 2 else b).unbind(1)
+    variance, mean = torch.var_mean(a, n % 3 + 1, keepdim=True)
+    low, high = torch.aminmax(b, dim=1, keepdim=True)
+    return torch.stack([*rest, first], 1) + (mean + high if n % 4 < 2 else variance.sqrt() + low)
 
 
 OPERATIONS = {
@@ -115,18 +189,29 @@ OPERATIONS = {
     "cumulative": lambda a, b, layer, g, n: a.cumsum(n % 3 + 1),
     "dropout": lambda a, b, layer, g, n: F.dropout(a, 0.3, training=n % 2 == 0),
     "where": lambda a, b, layer, g, n: torch.where(a > 0, a, b),
+    "casts": lambda a, b, layer, g, n: a.bfloat16().to(a.dtype) + b.double().to(b.dtype),
+    "rounded": lambda a, b, layer, g, n: a.int().to(a.dtype) if n % 2 else a * (b > 0),
+    "without gradients": lambda a, b, layer, g, n: _without_gradients(a, b),
+    "written": lambda a, b, layer, g, n: _written(a, b, n),
+    "written in a view": lambda a, b, layer, g, n: _written_in_a_view(a, b, n),
+    # Earlier values change, too: the model's input may be one of them.
+    "in place": lambda a, b, layer, g, n: a.mul_(g) if n % 2 else a.transpose(1, 2).add_(b.clone()),
+    "gathered": lambda a, b, layer, g, n: _gathered(a, b, n),
+    "outputs": lambda a, b, layer, g, n: _split(a, b, n),
+    "top": lambda a, b, layer, g, n: b.topk(SIZE, n % 3 + 1)[0],
     "sort": lambda a, b, layer, g, n: a.sort(n % 3 + 1).values,
 }
 
 
 def outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    model.train(training)
+    """All that two calls in a row show: outputs, buffers, and what they write into their input."""
+    model = copy.deepcopy(model).train(training)
     torch.manual_seed(1)
+    found = []
     with torch.no_grad():
-        found = [model(x).clone()] + [b.clone() for b, _ in buffers]
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        for factor in (1, -2):
+            given = factor * x
+            found += [model(given).clone(), given, *(b.clone() for b in model.buffers())]
     return found
 
 
