@@ -8,24 +8,24 @@ changed more than buffers, it is recorded once more from there, and both records
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
 from torch.utils import _pytree as pytree
 
 from pathlift import operations
-from pathlift.capture.inputs import as_inputs, describe, doubled, tensors_in
+from pathlift.capture.inputs import as_inputs, doubled, tensors_in
 from pathlift.capture.names import attributes, check_model, named_tensors, plain_arithmetic
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
-from pathlift.capture.record import Fakes, Recorder, ValueNeeded, graph_of, module_paths, users_line
+from pathlift.capture.reads import Reads
+from pathlift.capture.record import Fakes, Recorder, graph_of, module_paths
+from pathlift.capture.refusals import draws, explained, failed, not_recorded
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
 
@@ -82,6 +82,7 @@ class _Session:
         fake: Fakes,
     ) -> None:
         self.model, self.inputs, self.before, self.fake = model, inputs, before, fake
+        self.name = type(model).__name__
         self.real = not any(p.is_meta for p in parameters.values())
         self.own = model.training
         self.floating = {n: p for n, p in parameters.items() if p.is_floating_point()}
@@ -123,8 +124,13 @@ class _Session:
 
     def _warm_up(self, mode: bool, later: dict[bool, Snapshot]) -> Inputs:
         """Run for real; note what the call changes, and put the model back."""
+        chance = {"Python's random": random.getstate, "NumPy's random": _numpy_state}
+        states = {what: read() for what, read in chance.items()}
         try:
             inputs = self._run(mode)
+            for what, read in chance.items():
+                if read() != states[what]:
+                    raise draws(self.name, what)
             self.state |= self.before.written()
             if any(not c.in_place and c.attribute != "training" for c in self.before.changed()):
                 later[mode] = Snapshot(self.model)
@@ -145,7 +151,7 @@ class _Session:
                 return inputs
             except Exception as error:
                 if k + 1 == len(tries):
-                    raise self._refusal(mode, "it does not run on them", error) from error
+                    raise failed(self.name, mode, mode == self.own, self.inputs, error) from error
                 self.before.restore()
         raise AssertionError
 
@@ -217,52 +223,35 @@ class _Session:
         args, kwargs = pytree.tree_map_only(Tensor, faked, (inputs.args, inputs.kwargs))
         try:
             with _below_autograd(), module_paths(recorder, model), self.fake, recorder:
-                out = model(*args, **kwargs)
+                with Reads(recorder.refuse_values):
+                    out = model(*args, **kwargs)
+                if recorder.refused is not None:  # the model's own code has caught it
+                    raise recorder.refused
         except Exception as error:
-            raise self._explained(mode, error) from error
+            raise self._refusal(mode, error) from error
         del args, kwargs
         with _below_autograd(), self.fake:
             outputs, leaving, made = recorder.results(tensors_in(out), attributes(model))
         self.made.append(made)
         return recorder, graph_of(recorder, mode, symbols, floating(outputs), leaving)
 
+    def _refusal(self, mode: bool, error: BaseException) -> CaptureError:
+        found = explained(self.name, mode, self.inputs, error)
+        if found is not None:
+            return found
+        if self.real:
+            return not_recorded(self.name, mode, self.inputs, error)
+        return failed(self.name, mode, mode == self.own, self.inputs, error)
+
     def _tensors(self) -> dict[str, Tensor]:
         """By name, as the model holds them now (stand-ins for what is on the meta device)."""
         parameters, _, _ = named_tensors(self.model)
         return {**self.buffers, **parameters}
 
-    def _explained(self, mode: bool, error: BaseException) -> CaptureError:
-        if isinstance(error, ValueNeeded):
-            why = "it asks for the value of a tensor that depends on its inputs or parameters"
-        elif isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
-            why = "the size of a tensor, or a branch, depends on values"
-        elif isinstance(error, CaptureError):
-            why = str(error).rstrip(".")
-        else:
-            return self._refusal(mode, "recording it failed", error)
-        line = users_line(error)
-        where = f" ({line})" if line else ""
-        return CaptureError(
-            f"{type(self.model).__name__} can't be captured in {_name(mode)} mode on inputs "
-            f"{describe(self.inputs)}: {why}{where}. The operations must be the same for every "
-            f"input: use torch.where or masks instead of branches on values, or condition the "
-            f"part of the model before or after it."
-        )
 
-    def _refusal(self, mode: bool, what: str, error: BaseException) -> CaptureError:
-        lines = str(error).strip().splitlines() or [""]
-        line = users_line(error)
-        where = f" ({line})" if line else ""
-        other = "" if mode == self.own else " (both modes must run, the model is used in both)"
-        return CaptureError(
-            f"{type(self.model).__name__} can't be captured in {_name(mode)} mode on inputs "
-            f"{describe(self.inputs)}: {what}{other}: {type(error).__name__}: "
-            f"{lines[0].rstrip('.')}{where}. Check that model(*example_inputs) runs."
-        )
-
-
-def _name(mode: bool) -> str:
-    return "train" if mode else "eval"
+def _numpy_state() -> tuple[bytes, object]:
+    kind, words, *rest = np.random.get_state(legacy=True)
+    return np.asarray(words).tobytes(), (kind, *rest)
 
 
 def _copy(tensor: Tensor) -> Tensor:

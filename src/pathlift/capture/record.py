@@ -9,9 +9,7 @@ for a value that is not known, the model is refused with the line of its code th
 from __future__ import annotations
 
 import gc
-import linecache
 import math
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pathlift.capture.aliases import Root, Slot, Step, overwritten
 from pathlift.capture.program import Call, Graph, Symbol, call, symbols_in
+from pathlift.capture.refusals import ValueNeeded
 from pathlift.errors import CaptureError
 
 # Larger results of operations on constants are not computed: they are unknown.
@@ -156,6 +155,7 @@ class Recorder(TorchDispatchMode):
         self.tensors: dict[Symbol, str] = {}
         self.constants: dict[Symbol, Tensor] = {}
         self.module: list[str] = []
+        self.refused: ValueNeeded | None = None
         self._slots: Any = WeakIdKeyDictionary()
         self._external: dict[int, tuple[Tensor, Slot]] = {}
         self._inputs: list[Slot] = []
@@ -238,7 +238,8 @@ class Recorder(TorchDispatchMode):
             gc.collect()
         for tensor in self._living():
             with _disable_current_modes():
-                real = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                sized = all(isinstance(n, int) for n in tensor.shape)
+                real = torch.zeros(tensor.shape if sized else 0, dtype=tensor.dtype)
             for holder in gc.get_referrers(tensor):
                 _replace(holder, tensor, real)
 
@@ -282,13 +283,24 @@ class Recorder(TorchDispatchMode):
         if not symbolic and self._computable(plan, bound):
             return self._compute(func, plan, bound, args, kwargs)
         if plan.name in _VALUES:
-            raise ValueNeeded(plan.name)
+            self._refuse(plan.name)
         if not self.known(plan.name) and plan.composite:
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         return self._record(func, plan, bound, args, kwargs)
+
+    def _refuse(self, asked: str) -> None:
+        """Raise; that the model's own code catches it changes nothing."""
+        error = ValueNeeded(asked)
+        self.refused = self.refused or error
+        raise error
+
+    def refuse_values(self, tensor: Tensor) -> None:
+        """Raise if a tensor's values are asked for and depend on what is not known."""
+        if self._symbolic(tensor):
+            self._refuse("values")
 
     def _computable(self, plan: _Plan, bound: dict[str, Any]) -> bool:
         if plan.seeded or plan.uninitialised:
@@ -308,7 +320,9 @@ class Recorder(TorchDispatchMode):
             for tensor in _tensors(bound[name]):
                 root = self._slot(tensor).root
                 with _disable_current_modes():
-                    for symbol in root.constants:  # what was read so far keeps its value
+                    for symbol in (
+                        self.constants.keys() & root.constants
+                    ):  # read so far: keeps its value
                         self.constants[symbol] = self.constants[symbol].clone()
                 root.constants.clear()
                 root.value = None
@@ -455,8 +469,10 @@ class Recorder(TorchDispatchMode):
 
     def _constant(self, tensor: Tensor, root: Root | None = None) -> Symbol:
         symbol = Symbol(tensor.shape, tensor.dtype)
-        with _disable_current_modes():
-            self.constants[symbol] = tensor.detach()
+        # One that is sparse, or on the meta device, has no values that could be looked at.
+        if tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized):
+            with _disable_current_modes():
+                self.constants[symbol] = tensor.detach()
         if root is not None:
             root.constants.append(symbol)
             name = self.named.get(id(tensor))
@@ -573,10 +589,6 @@ class Recorder(TorchDispatchMode):
         return Slot(slot.root, (*slot.chain, step), symbol, slot.root.version)
 
 
-class ValueNeeded(CaptureError):
-    """Python asked for the value of a tensor that depends on the inputs."""
-
-
 def _bind(plan: _Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     bound: dict[str, Any] = {}
     for k, argument in enumerate(plan.arguments):
@@ -666,28 +678,6 @@ def _shares(a: Tensor, b: Tensor) -> bool:
         return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
         return False
-
-
-# ---------------------------------------------------------------------- where in the user's code
-
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-
-
-def users_line(error: BaseException) -> str:
-    """The innermost line of code that is neither torch's nor ours: ``file.py:12: if x > 0:``."""
-    frames = []
-    trace = error.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
-        trace = trace.tb_next
-    for file, line in reversed(frames):
-        path = os.path.abspath(file)
-        if file.startswith("<") or path.startswith((_TORCH, _OWN)) or "contextlib" in file:
-            continue
-        text = linecache.getline(file, line).strip()
-        return f"{os.path.basename(file)}:{line}" + (f": {text}" if text else "")
-    return ""
 
 
 @contextmanager
