@@ -25,7 +25,8 @@ from pathlift.capture.names import attributes, check_model, named_tensors, plain
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.reads import Reads
 from pathlift.capture.record import Fakes, Recorder, graph_of, module_paths
-from pathlift.capture.refusals import draws, explained, failed, not_recorded
+from pathlift.capture.refusals import differs, draws, explained, failed, not_recorded
+from pathlift.capture.witness import Witness
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
 
@@ -90,6 +91,8 @@ class _Session:
         self.state = {id(t) for t in tensors_in((inputs.args, inputs.kwargs))}
         self.buffers = buffers
         self.examples: dict[bool, Inputs] = {}
+        # What the first real call called, by mode.
+        self.seen: dict[bool, list[str] | None] = {}
         self.recorders: list[Recorder] = []
         # Per graph, attributes that forward makes of parameters alone; whether a later call may
         # read one before it is made again.
@@ -127,7 +130,7 @@ class _Session:
         chance = {"Python's random": random.getstate, "NumPy's random": _numpy_state}
         states = {what: read() for what, read in chance.items()}
         try:
-            inputs = self._run(mode)
+            inputs, self.seen[mode] = self._run(mode)
             for what, read in chance.items():
                 if read() != states[what]:
                     raise draws(self.name, what)
@@ -138,22 +141,35 @@ class _Session:
             self.before.restore()
         return inputs
 
-    def _run(self, mode: bool) -> Inputs:
+    def _run(self, mode: bool) -> tuple[Inputs, list[str] | None]:
+        """Run for real on inputs that fit, and what that called (None: it can't be watched)."""
         tries = [self.inputs]
         if mode != self.own and (more := doubled(self.inputs)) is not None:
             tries.append(more)  # a batch norm in train mode refuses a batch of one
-        for k, inputs in enumerate(tries):
-            self.set_mode(mode)
+        for inputs in tries:
             try:
-                with torch.no_grad(), plain_arithmetic():
-                    copies = pytree.tree_map_only(Tensor, _copy, (inputs.args, inputs.kwargs))
-                    self.model(*copies[0], **copies[1])
-                return inputs
-            except Exception as error:
-                if k + 1 == len(tries):
-                    raise failed(self.name, mode, mode == self.own, self.inputs, error) from error
+                return inputs, self._watched(mode, inputs)
+            except Exception:
                 self.before.restore()
+            try:
+                self.set_mode(mode)
+                copied = _copied(inputs)
+                with torch.no_grad(), plain_arithmetic():
+                    self.model(*copied.args, **copied.kwargs)
+                return inputs, None
+            except Exception as error:
+                self.before.restore()
+                if inputs is tries[-1]:
+                    raise failed(self.name, mode, mode == self.own, self.inputs, error) from error
         raise AssertionError
+
+    def _watched(self, mode: bool, inputs: Inputs) -> list[str]:
+        """Run for real, with gradients where the record has none; what that called."""
+        self.set_mode(mode)
+        copied = _copied(inputs)
+        with _below_autograd(gradients=True), Witness() as witness:
+            self.model(*copied.args, **copied.kwargs)
+        return witness.seen
 
     def set_mode(self, mode: bool) -> None:
         """The model's own mode is taken as found (a batch norm frozen in eval mode stays so)."""
@@ -161,14 +177,39 @@ class _Session:
             self.model.train(mode)
 
     def _recorded(self, mode: bool, inputs: Inputs, later: Snapshot | None) -> list[Graph]:
-        found = [self._record(mode, inputs, self.before)]
+        found = self._witnessed(mode, inputs, self.before, self.seen.get(mode))
         if later is not None:
             later.restore()
             try:
-                found.append(self._record(mode, inputs, later))
+                found += self._witnessed(mode, inputs, later, None)
             finally:
                 self.before.restore()
         return found
+
+    def _witnessed(
+        self, mode: bool, inputs: Inputs, start: Snapshot, seen: list[str] | None
+    ) -> list[Graph]:
+        """The record of a call from here, held against what a real one calls.
+
+        Two where the gradient mode makes a difference; refused where what is recorded is not what
+        runs.
+        """
+        graph = self._record(mode, inputs, start)
+        if not self.real or self.recorders[-1].seen == seen:
+            return [graph]
+        try:
+            # Once more: what lives in caches and globals was not there the first time.
+            seen = self._watched(mode, inputs)
+        except Exception as error:
+            raise failed(self.name, mode, mode == self.own, self.inputs, error) from error
+        finally:
+            start.restore()
+        if self.recorders[-1].seen == seen:
+            return [graph]
+        other = self._record(mode, inputs, start, gradients=True)
+        if self.recorders[-1].seen == seen:
+            return [graph, other]
+        raise differs(self.name, mode, seen, self.recorders[-1].seen)
 
     def _check_settled(self, start: Snapshot) -> None:
         """After a second call: what still changes must be tensors, which are pinned."""
@@ -182,11 +223,13 @@ class _Session:
                 f"change tensors only. Keep what counts calls outside forward."
             )
 
-    def _record(self, mode: bool, inputs: Inputs, start: Snapshot) -> Graph:
+    def _record(
+        self, mode: bool, inputs: Inputs, start: Snapshot, gradients: bool = False
+    ) -> Graph:
         for _ in range(4):  # each round knows more of what a call changes
             self.set_mode(mode)
             try:
-                recorder, graph = self._recording(mode, inputs)
+                recorder, graph = self._recording(mode, inputs, gradients)
                 old = start.replaced() | (start.tensors() - self.before.tensors())
                 unknown = (start.replaced() | recorder.changed()) - self.state
                 if start is not self.before:
@@ -203,7 +246,7 @@ class _Session:
             f"behind than the one before. Keep what lives between calls in buffers."
         )
 
-    def _recording(self, mode: bool, inputs: Inputs) -> tuple[Recorder, Graph]:
+    def _recording(self, mode: bool, inputs: Inputs, gradients: bool) -> tuple[Recorder, Graph]:
         model, tensors = self.model, self._tensors()
         recorder = Recorder(
             self.fake,
@@ -222,7 +265,7 @@ class _Session:
 
         args, kwargs = pytree.tree_map_only(Tensor, faked, (inputs.args, inputs.kwargs))
         try:
-            with _below_autograd(), module_paths(recorder, model), self.fake, recorder:
+            with _below_autograd(gradients), module_paths(recorder, model), self.fake, recorder:
                 with Reads(recorder.refuse_values):
                     out = model(*args, **kwargs)
                 if recorder.refused is not None:  # the model's own code has caught it
@@ -254,18 +297,27 @@ def _numpy_state() -> tuple[bytes, object]:
     return np.asarray(words).tobytes(), (kind, *rest)
 
 
+def _copied(inputs: Inputs) -> Inputs:
+    """Inputs that a call may write into."""
+    return Inputs(*pytree.tree_map_only(Tensor, _copy, (inputs.args, inputs.kwargs)))
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor.layout == torch.strided else tensor
 
 
 @contextmanager
-def _below_autograd() -> Iterator[None]:
-    """Operations arrive whole, and nothing is kept for a backward pass."""
+def _below_autograd(gradients: bool = False) -> Iterator[None]:
+    """Operations arrive whole, and nothing is kept for a backward pass.
+
+    Args:
+        gradients: what code is told that asks for the gradient mode.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     level = _functorch_level()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(plain_arithmetic())
         stack.enter_context(torch._C._AutoDispatchBelowAutograd())
         stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())

@@ -28,6 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pathlift.capture.aliases import Root, Slot, Step, overwritten
 from pathlift.capture.program import Call, Graph, Symbol, call, symbols_in
 from pathlift.capture.refusals import ValueNeeded
+from pathlift.capture.witness import QUERIES, noted
 from pathlift.errors import CaptureError
 
 # Larger results of operations on constants are not computed: they are unknown.
@@ -37,10 +38,6 @@ _MAX_CONSTANT = 20_000_000
 _AVERAGES = frozenset({"running_mean", "running_var"})
 
 _VALUES = frozenset({"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose"})
-_QUERIES = frozenset({"prim::device", "prim::layout", "aten::sym_size", "aten::sym_stride"})
-_QUERIES |= {"aten::sym_numel", "aten::sym_storage_offset", "aten::is_contiguous"}
-_QUERIES |= {"aten::is_strides_like_format", "aten::is_non_overlapping_and_dense", "aten::dim"}
-_QUERIES |= {"aten::size", "aten::stride", "aten::storage_offset", "aten::numel", "aten::is_pinned"}
 
 
 @dataclass(frozen=True)
@@ -156,6 +153,8 @@ class Recorder(TorchDispatchMode):
         self.constants: dict[Symbol, Tensor] = {}
         self.module: list[str] = []
         self.refused: ValueNeeded | None = None
+        self.seen: list[str] = []
+        self._inside = 0
         self._slots: Any = WeakIdKeyDictionary()
         self._external: dict[int, tuple[Tensor, Slot]] = {}
         self._inputs: list[Slot] = []
@@ -272,9 +271,11 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name in _QUERIES:
+        if func._schema.name in QUERIES:
             return func(*args, **kwargs)
         plan = _plan(func)
+        if not self._inside:
+            noted(plan.full, self.seen)
         bound = _bind(plan, args, kwargs)
         if plan.name == "lift_fresh":  # a tensor that Python has just made
             self._slots.setdefault(args[0], Slot(Root(symbolic=False)))
@@ -285,8 +286,12 @@ class Recorder(TorchDispatchMode):
         if plan.name in _VALUES:
             self._refuse(plan.name)
         if not self.known(plan.name) and plan.composite:
-            with self:
-                result = func.decompose(*args, **kwargs)
+            self._inside += 1
+            try:
+                with self:
+                    result = func.decompose(*args, **kwargs)
+            finally:
+                self._inside -= 1
             if result is not NotImplemented:
                 return result
         return self._record(func, plan, bound, args, kwargs)

@@ -44,7 +44,8 @@ _KNOWN = (
         "Condition the part of the model before or after it",
     ),
     (
-        r"_nested_tensor_from|NestedTensor|nested tensor|All fake tensor modes must be the same",
+        r"_nested_tensor_from|NestedTensor|nested tensor|All fake tensor modes must be the same"
+        r"|self.shape_env must not be None",
         "it computes with nested tensors, which are not supported",
         "Use padded tensors and a mask",
     ),
@@ -111,6 +112,18 @@ def draws(model: str, what: str) -> CaptureError:
         f"{model} can't be captured: its forward draws random numbers from {what}, so that what "
         f"one call does need not be what the next one does. Draw them with torch (it becomes part "
         f"of what is recorded), or switch that part off."
+    )
+
+
+def differs(model: str, mode: bool, real: list[str], recorded: list[str]) -> CaptureError:
+    """What was recorded is not what runs: the names of both runs' calls, in order."""
+    k = next((k for k, (a, b) in enumerate(zip(real, recorded, strict=False)) if a != b), None)
+    k = min(len(real), len(recorded)) if k is None else k
+    names = [calls[k] if k < len(calls) else "nothing more" for calls in (real, recorded)]
+    return CaptureError(
+        f"{model} can't be captured in {_name(mode)} mode: its forward looks at what it is run on "
+        f"(the type of a tensor, or a tracer): call {k + 1} is {names[0]} in a real run and "
+        f"{names[1]} on the fake tensors that it is recorded on. Let it do the same for both."
     )
 
 
