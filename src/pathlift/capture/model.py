@@ -26,7 +26,7 @@ from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, flo
 from pathlift.capture.reads import Reads
 from pathlift.capture.record import Fakes, Recorder, graph_of, module_paths
 from pathlift.capture.refusals import differs, draws, explained, failed, not_recorded
-from pathlift.capture.witness import Witness
+from pathlift.capture.witness import Witness, uncompiled
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
 
@@ -316,6 +316,7 @@ def _below_autograd(gradients: bool = False) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     level = _functorch_level()
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(plain_arithmetic())

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pathlift.capture.aliases import Root, Slot, Step, overwritten
 from pathlift.capture.program import Call, Graph, Symbol, call, symbols_in
-from pathlift.capture.refusals import ValueNeeded
-from pathlift.capture.witness import QUERIES, noted
+from pathlift.capture.refusals import HigherOrder, ValueNeeded
+from pathlift.capture.witness import QUERIES, Watch, higher_order, noted
 from pathlift.errors import CaptureError
 
 # Larger results of operations on constants are not computed: they are unknown.
@@ -122,7 +122,7 @@ class Fakes(FakeTensorMode):
         return self.dispatch(func, types, args, kwargs or {})
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Watch):
     """Writes down the calls of one run.
 
     Args:
@@ -133,10 +133,6 @@ class Recorder(TorchDispatchMode):
         state: ids of tensors that a call changes: their values are not known.
     """
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # wrapping the dispatch would import the compiler, which takes seconds
-
     def __init__(
         self,
         fake: FakeTensorMode,
@@ -145,15 +141,14 @@ class Recorder(TorchDispatchMode):
         parameters: frozenset[int],
         state: frozenset[int],
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.fake, self.known = fake, known
         self.named, self.parameters, self.state = named, parameters, state
         self.calls: list[Call] = []
         self.tensors: dict[Symbol, str] = {}
         self.constants: dict[Symbol, Tensor] = {}
         self.module: list[str] = []
-        self.refused: ValueNeeded | None = None
-        self.seen: list[str] = []
+        self.refused: CaptureError | None = None
         self._inside = 0
         self._slots: Any = WeakIdKeyDictionary()
         self._external: dict[int, tuple[Tensor, Slot]] = {}
@@ -271,6 +266,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if higher_order(func):
+            self._refuse(HigherOrder(func.name()))
         if func._schema.name in QUERIES:
             return func(*args, **kwargs)
         plan = _plan(func)
@@ -284,7 +281,7 @@ class Recorder(TorchDispatchMode):
         if not symbolic and self._computable(plan, bound):
             return self._compute(func, plan, bound, args, kwargs)
         if plan.name in _VALUES:
-            self._refuse(plan.name)
+            self._refuse(ValueNeeded(plan.name))
         if not self.known(plan.name) and plan.composite:
             self._inside += 1
             try:
@@ -296,16 +293,15 @@ class Recorder(TorchDispatchMode):
                 return result
         return self._record(func, plan, bound, args, kwargs)
 
-    def _refuse(self, asked: str) -> None:
+    def _refuse(self, error: CaptureError) -> None:
         """Raise; that the model's own code catches it changes nothing."""
-        error = ValueNeeded(asked)
         self.refused = self.refused or error
         raise error
 
     def refuse_values(self, tensor: Tensor) -> None:
         """Raise if a tensor's values are asked for and depend on what is not known."""
         if self._symbolic(tensor):
-            self._refuse("values")
+            self._refuse(ValueNeeded("values"))
 
     def _computable(self, plan: _Plan, bound: dict[str, Any]) -> bool:
         if plan.seeded or plan.uninitialised:

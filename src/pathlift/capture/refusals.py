@@ -28,12 +28,6 @@ _BRANCHES = (
 # What PyTorch says where a model leaves what can be recorded -> what that is, and what to do.
 _KNOWN = (
     (
-        r"HigherOrderOperator (\w+)",
-        r"it uses the higher-order operation '\1', which takes functions as arguments; supported "
-        r"are operations on tensors",
-        "Write it with plain operations, or condition the part of the model before or after it",
-    ),
-    (
         r"not supported for tensor subclasses",
         "it hands values of a tensor to NumPy or Python, where they can't be followed",
         "Compute with torch's operations instead",
@@ -56,12 +50,24 @@ class ValueNeeded(CaptureError):
     """Python asked for the value of a tensor that depends on the inputs."""
 
 
+class HigherOrder(CaptureError):
+    """An operation that takes functions as arguments."""
+
+
 def explained(model: str, mode: bool, inputs: Inputs, error: BaseException) -> CaptureError | None:
     """What stopped a recording; None if the model's own code may have failed."""
     advice = _BRANCHES
     text = str(error)
     if isinstance(error, ValueNeeded):
         why = "it asks for the value of a tensor that depends on its inputs or parameters"
+    elif isinstance(error, HigherOrder):
+        why = (
+            f"it uses the higher-order operation '{error}', which takes functions as arguments; "
+            f"supported are operations on tensors"
+        )
+        advice = (
+            "Write it with plain operations, or condition the part of the model before or after it"
+        )
     elif isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         why = "the size of a tensor, or a branch, depends on values"
     elif isinstance(error, CaptureError):

@@ -6,9 +6,19 @@ for real than on fake tensors. Then the operations differ in their names or thei
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 
+import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pathlift.capture.refusals import HigherOrder
+
+_COMPILER = "torch._dynamo"
 
 # Questions about a tensor, and calls that PyTorch makes for tensors of one kind only.
 QUERIES = frozenset({"prim::device", "prim::layout", "aten::sym_size", "aten::sym_stride"})
@@ -24,8 +34,16 @@ def noted(name: str, seen: list[str]) -> None:
         seen.append(name)
 
 
-class Witness(TorchDispatchMode):
-    """Notes the names of the operations that the code under it calls."""
+def higher_order(func: Any) -> bool:
+    """Whether an operation takes functions as arguments; it then has no schema."""
+    return isinstance(func, HigherOrderOperator)
+
+
+class Watch(TorchDispatchMode):
+    """A mode that sees every call, also of operations that take functions."""
+
+    # Else torch raises in the middle of one, and later real calls of it fail.
+    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -35,8 +53,29 @@ class Witness(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[str] = []
 
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Functions that the model has compiled run as they are written, and stay compiled.
+
+    Under a mode the compiler would give up on them for good.
+    """
+    loaded = _COMPILER in sys.modules  # importing it takes seconds, and nobody may need it
+    try:
+        with torch.compiler.set_stance("force_eager") if loaded else nullcontext():
+            yield
+    finally:
+        if not loaded and _COMPILER in sys.modules:
+            import_module(_COMPILER).reset()  # what it gave up on is all that it knows yet
+
+
+class Witness(Watch):
+    """Notes the names of the operations that the code under it calls."""
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if higher_order(func):
+            raise HigherOrder(func.name())
         noted(func._schema.name, self.seen)
         return func(*args, **(kwargs or {}))
