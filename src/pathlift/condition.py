@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
 from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
+from pathlift.collector import uncollected
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.errors import ArgumentError
 from pathlift.homes.home import Home
@@ -158,6 +159,7 @@ def understood(
     return Understood(home, program, group, batch_norm)
 
 
+@uncollected()
 def condition_home(
     known: Understood, settings: Settings, seconds: dict[str, float]
 ) -> ConditioningReport:

@@ -57,7 +57,7 @@ class _Plan:
 
 
 @cache
-def _plan(func: Any) -> _Plan:
+def plan_of(func: Any) -> _Plan:
     schema = func._schema
     full = str(schema.name)
     space, _, plain = full.partition("::")
@@ -106,20 +106,6 @@ def _functional(func: Any, space: str, base: str, mutated: tuple[str, ...]) -> A
         if plain and [a.name for a in other.arguments] == wanted:
             return candidate
     return None
-
-
-class Fakes(FakeTensorMode):
-    """The mode of the fake tensors, without the compiler that torch wraps it in (seconds)."""
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.dispatch(func, types, args, kwargs or {})
 
 
 class Recorder(Watch):
@@ -270,7 +256,7 @@ class Recorder(Watch):
             self._refuse(HigherOrder(func.name()))
         if func._schema.name in QUERIES:
             return func(*args, **kwargs)
-        plan = _plan(func)
+        plan = plan_of(func)
         if not self._inside:
             noted(plan.full, self.seen)
         bound = _bind(plan, args, kwargs)
@@ -415,7 +401,7 @@ class Recorder(Watch):
         self, target: Any, arguments: dict[str, Any], shape: torch.Size, dtype: torch.dtype
     ) -> Symbol:
         symbol = Symbol(shape, dtype)
-        plan = _plan(target)
+        plan = plan_of(target)
         full = {
             a.name: arguments.get(a.name, a.default_value if a.has_default_value() else None)
             for a in plan.arguments

@@ -21,6 +21,7 @@ from torch import Tensor
 from pathlift import operations
 from pathlift.capture.program import Call, Graph, Program, Symbol, call, symbols_in
 from pathlift.capture.walk import walk
+from pathlift.collector import uncollected
 from pathlift.errors import UnsupportedOperationError
 from pathlift.lifting.parameters import DroppedParameters, KeptParameters, rescaled
 from pathlift.lifting.samples import Statistics
@@ -52,6 +53,7 @@ class LiftedPass:
     approximated: dict[str, int]
 
 
+@uncollected()
 def lifted_pass(
     program: Program,
     training: bool,
