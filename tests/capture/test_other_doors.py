@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,13 @@ def stacked_copies(self: Any, x: Tensor) -> Tensor:
     return self.second(torch.relu(torch.func.vmap(call)(*state)).sum(0))
 
 
+def threads(count: int, self: Any, x: Tensor) -> Tensor:
+    h = self.hidden(x)
+    with ThreadPoolExecutor(count) as pool:
+        parts = list(pool.map(lambda k: (h * k).clamp(max=0.3), range(1, count + 1)))
+    return self.second(sum(parts))
+
+
 FORWARDS: dict[str, Forward] = {
     # values of a parameter, without an ATen call
     "a parameter's list": lambda m, x: m.second(m.hidden(x) * sum(m.first.bias.tolist())),
@@ -192,6 +200,8 @@ FORWARDS: dict[str, Forward] = {
     "a fork": lambda m, x: m.second(
         torch.jit.wait(torch.jit.fork(lambda z: torch.relu(m.first(z)), x))
     ),
+    "another thread": lambda m, x: threads(1, m, x),
+    "threads": lambda m, x: threads(2, m, x),
     # memory
     "an output argument": out_argument,
     "memory of another": set_memory,
@@ -246,6 +256,8 @@ WORDS = {
     "a gradient": "derivatives are not followed",
     "a branch as an operation": "higher-order operation 'cond'",
     "jagged tensors": "nested tensors",
+    "another thread": "in another thread",
+    "threads": "thread",
 }
 
 
