@@ -167,7 +167,9 @@ class _Session:
         """Run for real, with gradients where the record has none; what that called."""
         self.set_mode(mode)
         copied = _copied(inputs)
-        with _below_autograd(gradients=True), Witness() as witness:
+        own = {id(t) for t in self._tensors().values()}
+        reads = Reads(lambda tensor: None, True, own)
+        with _below_autograd(gradients=True), Witness() as witness, reads:
             self.model(*copied.args, **copied.kwargs)
         return witness.seen
 
@@ -266,7 +268,7 @@ class _Session:
         args, kwargs = pytree.tree_map_only(Tensor, faked, (inputs.args, inputs.kwargs))
         try:
             with _below_autograd(gradients), module_paths(recorder, model), self.fake, recorder:
-                with Reads(recorder.refuse_values):
+                with Reads(recorder.refuse_values, gradients, recorder.named):
                     out = model(*args, **kwargs)
                 if recorder.refused is not None:  # the model's own code has caught it
                     raise recorder.refused

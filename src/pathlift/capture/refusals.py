@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 import re
+from types import CodeType
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -31,6 +32,11 @@ _KNOWN = (
         r"fake_mode.in_kernel_invocation must be False",
         "it computes in several threads at once, which can't be followed",
         "Compute in the thread that calls the model",
+    ),
+    (
+        r"passed to FakeTensor.__format__",
+        "it writes the value of a tensor into a text",
+        "Leave that out, or write the tensor's shape",
     ),
     (
         r"not supported for tensor subclasses",
@@ -145,6 +151,11 @@ def _name(mode: bool) -> str:
 def _at(error: BaseException) -> str:
     line = users_line(error)
     return f" ({line})" if line else ""
+
+
+def in_torch(code: CodeType) -> bool:
+    """Whether code is PyTorch's."""
+    return code.co_filename.startswith(_TORCH)
 
 
 def users_line(error: BaseException) -> str:
