@@ -194,9 +194,9 @@ class ConditioningReport:
         gradient_norm: certificate of the continuous optimum, ``max |dF/ds| / p``.
         iterations: of the solver.
         dead_channels: scales held at 0 because nothing enters or leaves them.
-        log2_scales: tensor (num_scales,), what was applied; int64 if exact, else float64.
-        max_output_change: largest absolute difference of the outputs (0.0 when exact; None when
-            not verified).
+        log2_scales: tensor (num_scales,), what was applied; int64 if rounded, else float64.
+        max_output_change: largest absolute difference of the outputs (0.0 for powers of two; None
+            when not verified).
         unsupported: operations that pinned something, with counts.
         approximated: operations without paths for which a stand-in was used, with counts.
         seconds: capture, symmetry, criterion, solve, apply, verify.
@@ -207,6 +207,7 @@ class ConditioningReport:
             are those of the best point found: no worse than none, and not the optimum.
         warnings: what to know before training with this, in words.
         behind_stand_ins: trainable parameter entries in front of operations without paths.
+        rounding: whether scales were rounded to powers of two, and why.
         moves: how every parameter moved, for tables and pictures.
         diagonal: of the coefficients, by parameter name, where :meth:`with_diagonal` added it.
     """
@@ -228,6 +229,7 @@ class ConditioningReport:
     converged: bool = True
     warnings: list[str] = field(default_factory=list)
     behind_stand_ins: int = 0
+    rounding: str = ""
     moves: tuple[Move, ...] = field(default=(), repr=False, compare=False)
     diagonal: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
@@ -280,7 +282,6 @@ class ConditioningReport:
         return "\n".join(f"{title:<12} {text}" for title, text in self._rows())
 
     def _rows(self) -> list[tuple[str, str]]:
-        exact = self.log2_scales.dtype == torch.int64
         moved = int(torch.count_nonzero(self.log2_scales))
         span = f", from {self.log2_scales.min():g} to {self.log2_scales.max():g}" if moved else ""
         if self.max_output_change is None:
@@ -299,7 +300,7 @@ class ConditioningReport:
                 f"{self.passes} passes{'' if self.converged else ', above the tolerance'}",
             ),
             ("outputs", outputs),
-            ("rounding", "powers of two" if exact else "none (continuous scales)"),
+            ("rounding", self.rounding),
             ("seconds", ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items())),
         ]
         if self.dead_channels:

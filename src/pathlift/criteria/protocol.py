@@ -51,14 +51,12 @@ class Criterion:
         hand_on: calls the sink for every parameter; returns the operations a stand-in was used
             for, with counts.
         rate, balanced, objective: see :class:`Coefficients`.
-        exact: whether powers of two serve the criterion where the user does not say.
     """
 
     hand_on: Callable[[Program, Sink], dict[str, int]]
     rate: float = -2.0
     balanced: bool = True
     objective: Objective = TOTAL
-    exact: bool = True
 
     def coefficients(self, values: dict[str, Tensor], approximated: dict[str, int]) -> Coefficients:
         """What is known of the objective, with these values."""
