@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
 from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
-from pathlift.criteria import Criterion, as_criterion
+from pathlift.criteria import Criterion, as_criterion, path_kernel
 from pathlift.errors import ArgumentError
 from pathlift.homes.home import Home
 from pathlift.homes.sharded import home_of
@@ -25,8 +25,9 @@ from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
-from pathlift.tensors.state import Optimizers
+from pathlift.tensors.state import Optimizers, holding_state
 from pathlift.timing import timed
+from pathlift.verdict import facts_of, in_one_line, optimizer_kind
 from pathlift.verify import Applied, compared, moved_buffers, outputs
 
 
@@ -199,7 +200,20 @@ def condition_home(
     behind = behind_stand_ins(program, approximated)
     warned = cautions(group, program, assembled, solution, scales, behind)
     report = summarised(group, assembled, solution, scales, approximated, change, seconds)
-    return replace(report, warnings=warned, behind_stand_ins=behind)
+    best = assembled.imbalance(solution.log2_scales)
+    advice = _advice(known, settings, report, best)
+    return replace(report, warnings=warned, behind_stand_ins=behind, advice=advice)
+
+
+def _advice(
+    known: Understood, settings: Settings, report: ConditioningReport, imbalance_after: float
+) -> str:
+    """One line from what is known by now; empty where the rule was not made for the case."""
+    if settings.criterion is not path_kernel or holding_state(settings.optimizer):
+        return ""  # it is about the path kernel, and about the first step
+    kind = optimizer_kind(settings.optimizer)
+    facts = facts_of(known.home.structure, known.group, report, imbalance_after, kind)
+    return in_one_line(facts, settings.rounds)
 
 
 def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[str, Extent]:

@@ -207,6 +207,8 @@ class ConditioningReport:
             are those of the best point found: no worse than none, and not the optimum.
         warnings: what to know before training with this, in words.
         behind_stand_ins: trainable parameter entries in front of operations without paths.
+        advice: whether this is likely to help training, in one line (see :func:`pathlift.advise`);
+            empty for criteria other than the path kernel, and in the middle of training.
         moves: how every parameter moved, for tables and pictures.
         diagonal: of the coefficients, by parameter name, where :meth:`with_diagonal` added it.
     """
@@ -228,6 +230,7 @@ class ConditioningReport:
     converged: bool = True
     warnings: list[str] = field(default_factory=list)
     behind_stand_ins: int = 0
+    advice: str = ""
     moves: tuple[Move, ...] = field(default=(), repr=False, compare=False)
     diagonal: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
@@ -311,4 +314,4 @@ class ConditioningReport:
             if counts:
                 rows.append((title, ", ".join(f"{k} x{v}" for k, v in counts.items())))
         rows += [("warning", text) for text in self.warnings]
-        return rows
+        return [*rows, ("advice", self.advice)] if self.advice else rows

@@ -8,7 +8,7 @@ import importlib
 import pytest
 
 # Modules whose public names have examples.
-MODULES = ("pathlift.report",)
+MODULES = ("pathlift.report", "pathlift.advice")
 
 
 @pytest.mark.parametrize("name", MODULES)

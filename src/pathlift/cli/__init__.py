@@ -1,4 +1,4 @@
-"""The command line: ``pathlift inspect | condition | norms | demo | compare | reproduce``.
+"""The command line: ``pathlift inspect | advise | condition | norms | demo | compare | reproduce``.
 
 One module a command; :mod:`pathlift.cli.run` turns what goes wrong into one line and an exit code.
 """
