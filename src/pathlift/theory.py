@@ -11,6 +11,7 @@ squared Frobenius norm, whatever the scale of the initialisation (see :func:`exp
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -141,7 +142,7 @@ def _layers(
         )
     if not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
         raise ArgumentError(f"gain must be a positive number; found {gain!r}.")
-    fans = list(zip(sizes[:-1], sizes[1:], strict=True))
+    fans = list(itertools.pairwise(sizes))
     weights = (
         np.array([weight_variance(initialization, a, b, gain) for a, b in fans])
         if isinstance(initialization, str)
