@@ -17,7 +17,7 @@ from pathlift.experiments.transformer import HEADS, LanguageModel, hidden_units
 def mlp(widths: Sequence[int], batch_norm: bool = False) -> nn.Sequential:
     """Fully connected ReLU network: ``(N, widths[0]) -> (N, widths[-1])``."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(widths):
+    for fan_in, fan_out in itertools.pairwise(widths[:-1]):
         layers.append(nn.Linear(fan_in, fan_out))
         if batch_norm:
             layers.append(nn.BatchNorm1d(fan_out))
