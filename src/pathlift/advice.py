@@ -44,6 +44,15 @@ class Advice:
         facts: what the verdict rests on.
         before: curvature of the model as it is; None without data.
         after: the same once conditioned.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> advice = pathlift.advise(model, x, "sgd")
+    >>> report = pathlift.condition_(model, x, **advice.settings)
+    >>> advice.facts.num_scales, advice.rate_ratio
+    (32, (0.45, 1.5))
     """
 
     verdict: str

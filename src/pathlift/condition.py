@@ -86,6 +86,17 @@ def condition_(
         VerificationError: the outputs differ by more than they may; the model is as before.
 
     In every case of failure the model is unchanged.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> before = model(x)
+    >>> report = pathlift.condition_(model, x)
+    >>> report.num_scales, report.imbalance_after < report.imbalance_before
+    (32, True)
+    >>> torch.equal(model(x), before)
+    True
     """
     chosen = as_criterion(criterion, reference)
     settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
@@ -100,6 +111,16 @@ class Conditioner:
 
     Raises:
         ArgumentError, CaptureError: see :func:`condition_`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> conditioner = pathlift.Conditioner(model, x)
+    >>> first = conditioner.condition_(exact=False)
+    >>> again = conditioner.condition_(exact=False)  # no second capture, and nothing left to do
+    >>> abs(first.imbalance_after - again.imbalance_before) < 1e-6
+    True
     """
 
     def __init__(

@@ -211,6 +211,16 @@ class ConditioningReport:
             empty for criteria other than the path kernel, and in the middle of training.
         moves: how every parameter moved, for tables and pictures.
         diagonal: of the coefficients, by parameter name, where :meth:`with_diagonal` added it.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> report = pathlift.condition_(model, x)
+    >>> str(report).splitlines()[1]
+    'parameters   226 counted'
+    >>> sorted(report.to_dict())[:3]
+    ['advice', 'approximated', 'behind_stand_ins']
     """
 
     num_scales: int
