@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     if name == "mlp":
         widths = (5, 12, 9, 8, 4)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         layers = [m for a, b in pairs for m in (nn.Linear(a, b), nn.ReLU())]
         return nn.Sequential(*layers), torch.randn(2, 5)
     if name == "convolutional":

@@ -186,7 +186,7 @@ def save_sharded(state: dict[str, Tensor], folder: Path, files: int = 3) -> None
     where = {}
     for k in range(files):
         shard = f"part{k}.safetensors"
-        where |= {n: shard for n in names[k::files]}
+        where |= dict.fromkeys(names[k::files], shard)
         save_file({n: state[n] for n in names[k::files]}, folder / shard, {"format": "pt"})
     index = {"metadata": {"total_size": 0, "note": "kept"}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

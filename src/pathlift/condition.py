@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
 from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
-from pathlift.criteria import Criterion, as_criterion
+from pathlift.criteria import Criterion, as_criterion, path_kernel
 from pathlift.errors import ArgumentError
 from pathlift.homes.home import Home
 from pathlift.homes.sharded import home_of
@@ -26,8 +26,9 @@ from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
-from pathlift.tensors.state import Optimizers
+from pathlift.tensors.state import Optimizers, holding_state
 from pathlift.timing import timed
+from pathlift.verdict import facts_of, in_one_line, optimizer_kind
 from pathlift.verify import Applied, Outputs, compared, moved_buffers, outputs, taken_back
 
 
@@ -88,6 +89,17 @@ def condition_(
         VerificationError: the outputs differ by more than they may; the model is as before.
 
     In every case of failure the model is unchanged.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> before = model(x)
+    >>> report = pathlift.condition_(model, x)
+    >>> report.num_scales, report.imbalance_after < report.imbalance_before
+    (32, True)
+    >>> torch.equal(model(x), before)
+    True
     """
     chosen = as_criterion(criterion, reference)
     settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
@@ -102,6 +114,16 @@ class Conditioner:
 
     Raises:
         ArgumentError, CaptureError: see :func:`condition_`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> conditioner = pathlift.Conditioner(model, x)
+    >>> first = conditioner.condition_(exact=False)
+    >>> again = conditioner.condition_(exact=False)  # no second capture, and nothing left to do
+    >>> abs(first.imbalance_after - again.imbalance_before) < 1e-6
+    True
     """
 
     def __init__(
@@ -207,7 +229,13 @@ def condition_home(
     behind = behind_stand_ins(program, approximated)
     warned = cautions(group, program, assembled, solution, made.scales, behind)
     report = summarised(group, assembled, solution, made.scales, approximated, change, seconds)
-    return replace(report, warnings=warned, behind_stand_ins=behind, rounding=str(how))
+    return replace(
+        report,
+        warnings=warned,
+        behind_stand_ins=behind,
+        rounding=str(how),
+        advice=_advice(known, settings, how, report, assembled.imbalance(solution.log2_scales)),
+    )
 
 
 def kept(
@@ -234,6 +262,21 @@ def kept(
         made = apply(how)
     with timed(seconds, "verify"):
         return how, made, compared(made, before)
+
+
+def _advice(
+    known: Understood,
+    settings: Settings,
+    how: Rounding,
+    report: ConditioningReport,
+    imbalance_after: float,
+) -> str:
+    """One line from what is known by now; empty where the rule was not made for the case."""
+    if settings.criterion is not path_kernel or holding_state(settings.optimizer):
+        return ""  # it is about the path kernel, and about the first step
+    kind = optimizer_kind(settings.optimizer)
+    facts = facts_of(known.home.structure, known.group, report, imbalance_after, kind)
+    return in_one_line(facts, how.exact)
 
 
 def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[str, Extent]:

@@ -208,8 +208,20 @@ class ConditioningReport:
         warnings: what to know before training with this, in words.
         behind_stand_ins: trainable parameter entries in front of operations without paths.
         rounding: whether scales were rounded to powers of two, and why.
+        advice: whether this is likely to help training, in one line (see :func:`pathlift.advise`);
+            empty for criteria other than the path kernel, and in the middle of training.
         moves: how every parameter moved, for tables and pictures.
         diagonal: of the coefficients, by parameter name, where :meth:`with_diagonal` added it.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> report = pathlift.condition_(model, x)
+    >>> str(report).splitlines()[1]
+    'parameters   226 counted'
+    >>> sorted(report.to_dict())[:3]
+    ['advice', 'approximated', 'behind_stand_ins']
     """
 
     num_scales: int
@@ -230,6 +242,7 @@ class ConditioningReport:
     warnings: list[str] = field(default_factory=list)
     behind_stand_ins: int = 0
     rounding: str = ""
+    advice: str = ""
     moves: tuple[Move, ...] = field(default=(), repr=False, compare=False)
     diagonal: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
@@ -312,4 +325,4 @@ class ConditioningReport:
             if counts:
                 rows.append((title, ", ".join(f"{k} x{v}" for k, v in counts.items())))
         rows += [("warning", text) for text in self.warnings]
-        return rows
+        return [*rows, ("advice", self.advice)] if self.advice else rows

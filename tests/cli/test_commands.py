@@ -73,6 +73,15 @@ def test_inspect_and_norms(spec: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert set(json.loads(capsys.readouterr().out)) == {"path_norm_1", "path_norm_2", "imbalance"}
 
 
+def test_advise(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", spec, "--input", "2,4", "--optimizer", "sgd", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["verdict"] == "likely to help" and data["facts"]["num_scales"] == 33
+    assert data["settings"]["exact"] is False and data["rate_ratio"] == [0.45, 1.5]
+    assert main(["advise", spec, "--input", "2,4", "--optimizer", "adamw"]) == 0
+    assert capsys.readouterr().out.startswith("conditioning  nothing to do\n")
+
+
 class Evil:
     def __reduce__(self):
         return (os.system, ("false",))

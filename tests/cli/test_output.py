@@ -37,7 +37,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"pathlift {pathlift.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["inspect"], ["condition"], ["norms"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["inspect"], ["advise"], ["condition"], ["norms"], ["demo"]]
+)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([*command, "--help"])

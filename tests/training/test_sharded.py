@@ -145,8 +145,15 @@ def test_the_script_of_the_docs(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(script)
     assert "torchrun --nproc-per-node 2 train.py" in text
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + ["train.py"],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "train.py",
+        ],
         cwd=tmp_path,
         env={
             **os.environ,

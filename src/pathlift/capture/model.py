@@ -103,7 +103,7 @@ class _Session:
         """One graph per mode and per call that differs from the first."""
         modes = [self.own, not self.own]
         later: dict[bool, Snapshot] = {}
-        self.examples = {mode: self.inputs for mode in modes}
+        self.examples = dict.fromkeys(modes, self.inputs)
         if self.real:
             for mode in modes:
                 self.examples[mode] = self._warm_up(mode, later)

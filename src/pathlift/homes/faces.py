@@ -207,7 +207,7 @@ def package(kind: type) -> str:
 def same(a: Pairs, b: Pairs) -> bool:
     """Whether both hold the same objects in the same order; no object is asked to compare."""
     return len(a) == len(b) and all(
-        v is w and (k is q or type(k) is type(q) is int and k == q)
+        v is w and (k is q or (type(k) is type(q) is int and k == q))
         for (k, v), (q, w) in zip(a, b, strict=True)
     )
 

@@ -50,6 +50,15 @@ class Schedule:
 
     Raises:
         ArgumentError: an argument has the wrong type or value.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> from pathlift.training import Schedule
+    >>> schedule = Schedule(every=2)
+    >>> [schedule.step(model, x, None) is not None for _ in range(4)]
+    [True, False, True, False]
     """
 
     def __init__(
