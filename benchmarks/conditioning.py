@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -59,7 +60,7 @@ COLUMNS = (
 
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         theory,
         training,
     )
+    from pathlift.advice import Advice, advise
     from pathlift.condition import Conditioner, condition_
     from pathlift.errors import (
         ArgumentError,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "ArgumentError",
     "CaptureError",
     "CheckpointError",
@@ -57,6 +59,7 @@ __all__ = [
     "RescalingGroup",
     "UnsupportedOperationError",
     "VerificationError",
+    "advise",
     "condition_",
     "imbalance",
     "path_kernel_diagonal",
@@ -70,6 +73,8 @@ __all__ = [
 # Where the public names live. They are imported when first used, so that `import pathlift` (and the
 # command line's start) costs next to nothing beyond torch.
 _HOMES = {
+    # Not in a module "advise", which would take the function's place when imported.
+    "advice": ("Advice", "advise"),
     "condition": ("Conditioner", "condition_"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "lifting.metrics": (

@@ -12,14 +12,14 @@ taken from it, ReLU cuts off a different part. With ``sigmas=3`` that is 0.13 % 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from pathlift.capture.model import capture
 from pathlift.capture.names import check_model, named_tensors
-from pathlift.capture.program import Call, Graph, Symbol
+from pathlift.capture.program import Call, Graph, Program, Symbol, symbols_in
 from pathlift.errors import ArgumentError
 from pathlift.operations.normalization import epsilon, is_batch_norm
 from pathlift.symmetry.group import RescalingGroup
@@ -69,14 +69,24 @@ def fold_batch_norms_(model: nn.Module, example_inputs: object) -> Statistics:
             "batch norms can be folded in evaluation mode only, and the model is in training "
             "mode. Call model.eval() first."
         )
-    graph = capture(model, example_inputs).graphs[0]
-    parameters, buffers, _ = named_tensors(model)
-    tensors: dict[str, Tensor] = {**parameters, **buffers}
+    return fold_captured_(model, capture(model, example_inputs))[0]
+
+
+def fold_captured_(model: nn.Module, program: Program) -> tuple[Statistics, Program]:
+    """:func:`fold_batch_norms_` of a model whose program is known.
+
+    Returns:
+        The statistics, and the program of the folded model: what a new capture would find but for
+        the counters of batches, which nothing reads.
+    """
+    graph = program.graphs[0]
+    tensors: dict[str, Tensor] = {**program.parameters, **program.buffers}
     layers = _layers(graph)
     # Everything is computed before anything is changed.
     changes: list[tuple[Tensor, Tensor]] = []
     added: list[tuple[nn.Module, nn.Parameter]] = []
     replaced: list[str] = []
+    biases: dict[str, str] = {}
     found: Statistics = {}
     for call in graph.calls:
         layer = layers.get(call["input"]) if is_batch_norm(call) else None
@@ -86,22 +96,23 @@ def fold_batch_norms_(model: nn.Module, example_inputs: object) -> Statistics:
         host = model.get_submodule(layer.weight.rpartition(".")[0])
         if place is None or (layer.bias is None and host._parameters.get("bias", 0) is not None):
             continue
-        weight = parameters[layer.weight]
+        weight = program.parameters[layer.weight]
         gamma, beta, mean, var = (_operand(graph, call[k], tensors) for k in _OPERANDS)
         assert mean is not None and var is not None
         gamma = torch.ones_like(mean) if gamma is None else gamma
         beta = torch.zeros_like(mean) if beta is None else beta
-        bias = parameters[layer.bias].detach() if layer.bias else torch.zeros_like(mean)
+        bias = tensors[layer.bias].detach() if layer.bias else torch.zeros_like(mean)
         factor = gamma / (var + epsilon(call)).sqrt()
         folded = beta + (bias - mean) * factor
         shaped = factor.reshape(-1, *(1,) * (weight.dim() - 1))
         changes.append((weight, weight.detach() * shaped))
         if layer.bias:
-            changes.append((parameters[layer.bias], folded))
+            changes.append((tensors[layer.bias], folded))
         else:
             added.append((host, nn.Parameter(folded.to(weight.dtype), weight.requires_grad)))
         replaced.append(place)
         name = layer.bias or ".".join(filter(None, [layer.weight.rpartition(".")[0], "bias"]))
+        biases[layer.weight] = name
         found[name] = (beta.clone(), gamma.abs())
     with torch.no_grad():
         for tensor, value in changes:
@@ -111,7 +122,39 @@ def fold_batch_norms_(model: nn.Module, example_inputs: object) -> Statistics:
     for place in replaced:
         parent, _, child = place.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Identity())
-    return found
+    parameters, buffers, aliases = named_tensors(model)
+    graphs = tuple(_folded(g, biases, parameters) for g in program.graphs)
+    named = replace(program, parameters=parameters, buffers=buffers, aliases=aliases)
+    return found, replace(named, graphs=graphs)
+
+
+def _folded(graph: Graph, biases: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Graph:
+    """The graph with the batch norms behind these layers' weights taken out.
+
+    ``biases``: name of the layer's weight -> of its bias; one that the graph does not know gets a
+    symbol.
+    """
+    layers = {s: one for s, one in _layers(graph).items() if one.weight in biases}
+    gone = {c: layers[c["input"]] for c in graph.calls if is_batch_norm(c) and c["input"] in layers}
+    behind = {layer.call: norm for norm, layer in gone.items()}
+    names = dict(graph.tensors)
+    calls = []
+    for call in graph.calls:
+        if call in gone:
+            continue
+        if call in behind:
+            # The layer itself makes what the batch norm made.
+            bias = call["bias"]
+            if bias is None:
+                name = biases[names[call["weight"]]]
+                bias = Symbol(tensors[name].shape, tensors[name].dtype)
+                names[bias] = name
+            outputs = (behind[call].output,)
+            call = replace(call, arguments={**call.arguments, "bias": bias}, outputs=outputs)
+        calls.append(call)
+    made = {s for c in gone for s in symbols_in(c.outputs)} - {c.output for c in gone}
+    leaving = {s: why for s, why in graph.leaving.items() if s not in made}
+    return replace(graph, calls=tuple(calls), tensors=names, leaving=leaving)
 
 
 def rescaled_statistics(
@@ -160,9 +203,19 @@ def absorb_biases_(
         raise ArgumentError(f"sigmas must be a number of at least 0; found {sigmas!r}.")
     if padding not in ("refuse", "ignore"):
         raise ArgumentError(f"padding must be 'refuse' or 'ignore'; found {padding!r}.")
-    graph = capture(model, example_inputs).graphs[0]
-    parameters, _, _ = named_tensors(model)
-    layers = {layer.bias: layer for layer in _layers(graph).values() if layer.bias}
+    return absorb_captured_(capture(model, example_inputs), statistics, sigmas, padding)
+
+
+def absorb_captured_(
+    program: Program,
+    statistics: Mapping[str, tuple[Tensor, Tensor]],
+    sigmas: float = 3.0,
+    padding: str = "refuse",
+) -> dict[str, int]:
+    """:func:`absorb_biases_` of a model whose program is known."""
+    graph, parameters = program.graphs[0], program.parameters
+    behind = _layers(graph)
+    layers = {layer.bias: layer for layer in behind.values() if layer.bias}
     for name, (mean, deviation) in statistics.items():
         if name not in layers:
             raise ArgumentError(
@@ -178,7 +231,7 @@ def absorb_biases_(
     changes: dict[str, Tensor] = {}
     found: dict[str, int] = {}
     for name, (mean, deviation) in statistics.items():
-        readers = _readers(graph, layers[name], padding)
+        readers = _readers(graph, behind, layers[name], padding)
         if readers is None:
             continue
         excess = (mean - sigmas * deviation).clamp(min=0).to(torch.float64)
@@ -226,9 +279,10 @@ def _times_read(graph: Graph, names: Sequence[str]) -> int:
     return sum(len(graph.uses.get(s, ())) for s, name in graph.tensors.items() if name in names)
 
 
-def _readers(graph: Graph, layer: _Layer, padding: str) -> list[_Layer] | None:
+def _readers(
+    graph: Graph, layers: Mapping[Symbol, _Layer], layer: _Layer, padding: str
+) -> list[_Layer] | None:
     """The layers that read ``relu`` of this one's output, or None if anything else does."""
-    layers = _layers(graph)
     found: list[_Layer] = []
     waiting = [(layer.call.output, False)]
     while waiting:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,20 +15,22 @@ from pathlift.capture.model import capture
 from pathlift.capture.program import Program
 from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
 from pathlift.collector import uncollected
-from pathlift.criteria import Criterion, as_criterion
+from pathlift.criteria import Criterion, as_criterion, path_kernel
 from pathlift.errors import ArgumentError
 from pathlift.homes.home import Home
 from pathlift.homes.sharded import home_of
 from pathlift.lifting.samples import variance_room
 from pathlift.report import ConditioningReport, moves_of
+from pathlift.rounding import Rounding, instead, rounding
 from pathlift.solve import Operator, Solution, round_scales, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
-from pathlift.tensors.state import Optimizers
+from pathlift.tensors.state import Optimizers, holding_state
 from pathlift.timing import timed
-from pathlift.verify import Applied, compared, moved_buffers, outputs
+from pathlift.verdict import facts_of, in_one_line, optimizer_kind
+from pathlift.verify import Applied, Outputs, compared, moved_buffers, outputs, taken_back
 
 
 def condition_(
@@ -60,10 +62,12 @@ def condition_(
             equalization), a function from :mod:`pathlift.criteria` (``weight_norm(q=1)``,
             ``fisher(model, batches, loss)``), or a mapping of parameter name to coefficients
             ``g``, for which the same F is minimised.
-        exact: round the scales to integers, so that every output keeps all its bits. Otherwise
-            the continuous optimum is applied and outputs change by rounding errors (a relative
-            change above 1e-5 in float32 fails, and restores the model). None: what serves the
-            criterion (continuous for ``"range"``, else powers of two).
+        exact: True: round the scales to integers, so that every output keeps all its bits. False:
+            apply the continuous optimum; outputs change by rounding errors (a change above 1e-5
+            of the largest entry, in float32, fails and restores the model). None: continuous
+            before training, which trains better or equally well; powers of two where ``optimizer``
+            holds state, where a tensor to be scaled is narrower than float32, and where continuous
+            scales would fail. ``report.rounding`` says which, and why.
         optimizer: optimiser, or a list of them, whose state is carried along (mid-training use;
             see :mod:`pathlift.tensors.state`).
         solver: ``"newton"`` or ``"coordinate"`` (the published algorithm).
@@ -86,10 +90,21 @@ def condition_(
         VerificationError: the outputs differ by more than they may; the model is as before.
 
     In every case of failure the model is unchanged.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> before = model(x)
+    >>> report = pathlift.condition_(model, x)
+    >>> report.num_scales, report.imbalance_after < report.imbalance_before
+    (32, True)
+    >>> torch.equal(model(x), before)
+    True
     """
     chosen = as_criterion(criterion, reference)
     settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
-    return Conditioner(model, example_inputs, batch_norm=batch_norm)._conditioned(settings)
+    return Conditioner(model, example_inputs, batch_norm=batch_norm).conditioned(settings)
 
 
 class Conditioner:
@@ -100,6 +115,16 @@ class Conditioner:
 
     Raises:
         ArgumentError, CaptureError: see :func:`condition_`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> conditioner = pathlift.Conditioner(model, x)
+    >>> first = conditioner.condition_(exact=False)
+    >>> again = conditioner.condition_(exact=False)  # no second capture, and nothing left to do
+    >>> abs(first.imbalance_after - again.imbalance_before) < 1e-6
+    True
     """
 
     def __init__(
@@ -128,9 +153,9 @@ class Conditioner:
         """
         chosen = as_criterion(criterion, reference)
         settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
-        return self._conditioned(settings)
+        return self.conditioned(settings)
 
-    def _conditioned(self, settings: Settings) -> ConditioningReport:
+    def conditioned(self, settings: Settings) -> ConditioningReport:
         """:meth:`condition_` with its arguments as one object."""
         self._home.refresh()
         self.group.check_tensors(self._home.tensors())
@@ -181,27 +206,79 @@ def condition_home(
         )
         announce(nothing(group, assembled), settings.on_nothing)
     with timed(seconds, "solve"):
-        solution, scales = choose_scales(
-            assembled.operator, settings.solver, settings.tol, settings.rounds
-        )
-        scales = home.agree(scales)
+        solution = solve(assembled.operator, settings.solver, settings.tol)
     with timed(seconds, "verify"):
         moved = moved_buffers(group, program)
         before = outputs(home, program, moved) if settings.verify else None
-    with timed(seconds, "apply"):
-        undo = home.multiply_(group.factors(scales), extents, settings.optimizer)
-    with timed(seconds, "verify"):
-        change = None
-        if before is not None:
-            pinned = known.batch_norm == "pinned"
-            exact = settings.rounds and pinned
-            # Statistics that move along are exact up to the norm's eps only.
-            slack = 1.0 if pinned else 100.0
-            change = compared(Applied(home, program, group, scales, undo, exact, slack), before)
+    how = rounding(
+        settings.exact,
+        optimizer=settings.optimizer,
+        dtypes=[extents[n].dtype for n, s in group.parameters.items() if s.terms and n in extents],
+        midway=settings.midway,
+    )
+
+    def apply(how: Rounding) -> Applied:
+        with timed(seconds, "solve"):
+            scales = home.agree(scales_to_apply(assembled.operator, solution, how.exact))
+        with timed(seconds, "apply"):
+            undo = home.multiply_(group.factors(scales), extents, settings.optimizer)
+        pinned = known.batch_norm == "pinned"
+        # Statistics that move along are exact up to the norm's eps only.
+        slack = 1.0 if pinned else 100.0
+        return Applied(home, program, group, scales, undo, how.exact and pinned, slack)
+
+    how, made, change = kept(how, apply, before, seconds)
     behind = behind_stand_ins(program, approximated)
-    warned = cautions(group, program, assembled, solution, scales, behind)
-    report = summarised(group, assembled, solution, scales, approximated, change, seconds)
-    return replace(report, warnings=warned, behind_stand_ins=behind)
+    warned = cautions(group, program, assembled, solution, made.scales, behind)
+    report = summarised(group, assembled, solution, made.scales, approximated, change, seconds)
+    return replace(
+        report,
+        warnings=warned,
+        behind_stand_ins=behind,
+        rounding=str(how),
+        advice=_advice(known, settings, how, report, assembled.imbalance(solution.log2_scales)),
+    )
+
+
+def kept(
+    how: Rounding,
+    apply: Callable[[Rounding], Applied],
+    before: Outputs | None,
+    seconds: dict[str, float],
+) -> tuple[Rounding, Applied, float | None]:
+    """Apply scales and look at the outputs, a second time where the default rounding fails.
+
+    Returns:
+        The rounding that stays, what was applied, and the largest change of an output.
+
+    Raises:
+        VerificationError: the outputs differ by more than they may; the model is as before.
+    """
+    made = apply(how)
+    if before is None:
+        return how, made, None
+    with timed(seconds, "verify"):
+        times = None if how.exact or how.asked else taken_back(made, before)
+    if times is not None:
+        how = instead(times)
+        made = apply(how)
+    with timed(seconds, "verify"):
+        return how, made, compared(made, before)
+
+
+def _advice(
+    known: Understood,
+    settings: Settings,
+    how: Rounding,
+    report: ConditioningReport,
+    imbalance_after: float,
+) -> str:
+    """One line from what is known by now; empty where the rule was not made for the case."""
+    if settings.criterion is not path_kernel or holding_state(settings.optimizer):
+        return ""  # it is about the path kernel, and about the first step
+    kind = optimizer_kind(settings.optimizer)
+    facts = facts_of(known.home.structure, known.group, report, imbalance_after, kind)
+    return in_one_line(facts, how.exact)
 
 
 def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[str, Extent]:
@@ -219,7 +296,7 @@ def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[
 
 @dataclass(frozen=True)
 class Settings:
-    """What :func:`condition_` is asked for, checked.
+    """What :func:`condition_` is asked for, checked; ``midway``: training is known to have begun.
 
     Raises:
         ArgumentError: a wrong type or value.
@@ -232,11 +309,7 @@ class Settings:
     optimizer: Optimizers = None
     verify: bool = True
     on_nothing: str = "warn"
-
-    @property
-    def rounds(self) -> bool:
-        """Whether scales are rounded to integers."""
-        return self.criterion.exact if self.exact is None else self.exact
+    midway: bool = False
 
     def __post_init__(self) -> None:
         flags: dict[str, object] = {"verify": self.verify}
@@ -261,18 +334,15 @@ class Settings:
                 )
 
 
-def choose_scales(
-    operator: Operator, solver: str, tol: float | None, exact: bool
-) -> tuple[Solution, NDArray[Any]]:
-    """The continuous solution, and the scales to apply: int64 if exact, else float64."""
-    solution = solve(operator, solver, tol)
+def scales_to_apply(operator: Operator, solution: Solution, exact: bool) -> NDArray[Any]:
+    """What of a continuous solution is applied: int64 if exact, else float64."""
     scales: NDArray[Any] = solution.log2_scales
     if exact:
         scales = round_scales(operator, scales)
     if value(operator, scales.astype(np.float64)) >= value(operator, np.zeros(len(scales))):
         # Integers near the optimum may be no better than staying.
         scales = np.zeros_like(scales)
-    return solution, scales
+    return scales
 
 
 def summarised(

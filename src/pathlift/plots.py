@@ -23,7 +23,7 @@ _SHOWN = 40  # parameters in a picture; a table has them all
 _CELL = "padding:2px 10px 2px 0;text-align:left;border:0"
 
 
-def _figure(width: float, height: float) -> Any:
+def empty_figure(width: float, height: float) -> Any:
     """An empty matplotlib figure, made without any window or global state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -64,7 +64,7 @@ def plot_report(
     """
     shown = _widest(rows)
     height = 1.4 + 0.22 * max(6, len(shown))
-    made = _figure(9.0 if spread else 5.5, height)
+    made = empty_figure(9.0 if spread else 5.5, height)
     axes = made.subplots(1, 2, squeeze=False)[0] if spread else [made.add_subplot()]
     _draw_factors(axes[0], shown, len(rows) - len(shown))
     if spread is not None:
@@ -176,7 +176,7 @@ def plot_group(group: RescalingGroup) -> Any:
     """
     cells = group_cells(group)
     names = list(cells)[:_SHOWN]
-    made = _figure(9.0, 1.0 + 0.34 * max(3, len(names)))
+    made = empty_figure(9.0, 1.0 + 0.34 * max(3, len(names)))
     axes = made.add_subplot()
     wide = max((len(cells[n]) for n in names), default=1) or 1
     for y, name in enumerate(names):

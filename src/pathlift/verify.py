@@ -62,11 +62,15 @@ class Applied:
         """Buffers that the rescaling moves, which are not compared."""
         return moved_buffers(self.group, self.program)
 
+    def times(self, before: Outputs, now: Outputs) -> float:
+        """The largest change on any process, in units of what rounding may change."""
+        return self.home.worst(excess(before, now, _coarsest(self.program))) / self.slack
+
     def fails(self, before: Outputs, now: Outputs) -> bool:
         """Whether what the model shows has changed by more than it may, on any process."""
         if self.exact:
             return self.home.worst(largest_change(before, now)) > 0
-        return self.home.worst(excess(before, now, _coarsest(self.program))) > self.slack
+        return self.times(before, now) > 1
 
 
 def moved_buffers(group: RescalingGroup, program: Program) -> frozenset[str]:
@@ -168,6 +172,23 @@ def compared(applied: Applied, before: Outputs) -> float:
         f"the rescaled network's outputs differ by up to {worst:.3g} although {why}. "
         f"{_reason(applied, before)} The model has been restored; {advice}."
     )
+
+
+def taken_back(applied: Applied, before: Outputs) -> float | None:
+    """Take continuous scales back where outputs change by more than rounding explains.
+
+    Returns:
+        The change, in units of what rounding may change; None where it may stay.
+    """
+    try:
+        times = applied.times(before, _now(applied))
+    except BaseException:
+        applied.undo()
+        raise
+    if times > 1:
+        applied.undo()
+        return times
+    return None
 
 
 def _now(applied: Applied) -> Outputs:

@@ -5,8 +5,10 @@ function or is refused in words.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -148,6 +150,63 @@ def stacked_copies(self: Any, x: Tensor) -> Tensor:
     return self.second(torch.relu(torch.func.vmap(call)(*state)).sum(0))
 
 
+def threads(count: int, self: Any, x: Tensor) -> Tensor:
+    h = self.hidden(x)
+    with ThreadPoolExecutor(count) as pool:
+        parts = list(pool.map(lambda k: (h * k).clamp(max=0.3), range(1, count + 1)))
+    return self.second(sum(parts))
+
+
+def counted(count: list[int], self: Any, x: Tensor) -> Tensor:
+    count[0] += 1
+    return self.second(self.hidden(x) if count[0] < 50 else self.hidden(x).clamp(max=0.1))
+
+
+def counted_in_a_closure() -> Forward:
+    count = 0
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return counted([count], self, x)
+
+    return forward
+
+
+def counted_in_a_default(self: Any, x: Tensor, count: list[int] = [0]) -> Tensor:  # noqa: B006
+    return counted(count, self, x)
+
+
+def counted_in_an_attribute(self: Any, x: Tensor) -> Tensor:
+    counter: Any = counted_in_an_attribute
+    counter.calls = getattr(counter, "calls", 0) + 1
+    return counted([counter.calls], self, x)
+
+
+def counted_in_a_global(self: Any, x: Tensor) -> Tensor:
+    global CALLS
+    CALLS += 1
+    return counted([CALLS], self, x)
+
+
+def copied(self: Any, x: Tensor) -> Tensor:
+    return copy.deepcopy(self.second)(self.hidden(x))
+
+
+def hooked_tensor(self: Any, x: Tensor) -> Tensor:
+    h = self.hidden(x)
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient * 2)
+    return self.second(h)
+
+
+def other_type(self: Any, x: Tensor) -> Tensor:
+    torch.set_default_dtype(torch.float64)
+    return self.second(self.hidden(x))
+
+
+CALLS = 0
+
 FORWARDS: dict[str, Forward] = {
     # values of a parameter, without an ATen call
     "a parameter's list": lambda m, x: m.second(m.hidden(x) * sum(m.first.bias.tolist())),
@@ -163,6 +222,15 @@ FORWARDS: dict[str, Forward] = {
     "looks at the grad mode": lambda m, x: m.second(
         m.hidden(x).clamp(max=0.1) if torch.is_grad_enabled() else m.hidden(x)
     ),
+    "clamps where it has a gradient": lambda m, x: m.second(
+        m.hidden(x).clamp(max=0.1) if m.hidden(x).requires_grad else m.hidden(x)
+    ),
+    "hooks a tensor": hooked_tensor,
+    "counts in a closure": counted_in_a_closure(),
+    "counts in a default": counted_in_a_default,
+    "counts in an attribute of a function": counted_in_an_attribute,
+    "counts in a global": counted_in_a_global,
+    "writes into a text": lambda m, x: (m.second(m.hidden(x)), f"{m.hidden(x).mean():.3f}")[0],
     "catches a refusal": caught,
     "random": lambda m, x: sampled(random.random, m, x),
     "NumPy's random": lambda m, x: sampled(np.random.rand, m, x),
@@ -181,6 +249,8 @@ FORWARDS: dict[str, Forward] = {
     "a directional derivative": lambda m, x: torch.func.jvp(
         lambda y: m.second(m.hidden(y)), (x,), (torch.ones_like(x),)
     )[1],
+    "a copy of a layer": copied,
+    "inference mode": torch.inference_mode()(lambda m, x: m.second(m.hidden(x))),
     "a functional call": lambda m, x: torch.func.functional_call(
         m.second, {n: p + 1 for n, p in m.second.named_parameters()}, (m.hidden(x),)
     ),
@@ -192,6 +262,8 @@ FORWARDS: dict[str, Forward] = {
     "a fork": lambda m, x: m.second(
         torch.jit.wait(torch.jit.fork(lambda z: torch.relu(m.first(z)), x))
     ),
+    "another thread": lambda m, x: threads(1, m, x),
+    "threads": lambda m, x: threads(2, m, x),
     # memory
     "an output argument": out_argument,
     "memory of another": set_memory,
@@ -240,12 +312,19 @@ WORDS = {
     "a parameter's list": "the value of a tensor",
     "looks at the type": "looks at what it is run on",
     "catches a refusal": "the value of a tensor",
+    "counts in a closure": "every call changes",
+    "counts in a default": "every call changes",
+    "counts in an attribute of a function": "every call changes",
+    "counts in a global": "global 'CALLS'",
+    "writes into a text": "the value of a tensor into a text",
     "random": "draws random numbers from Python's random",
     "NumPy's random": "draws random numbers from NumPy's random",
     "an operation without shapes": "register_fake",
     "a gradient": "derivatives are not followed",
     "a branch as an operation": "higher-order operation 'cond'",
     "jagged tensors": "nested tensors",
+    "another thread": "in another thread",
+    "threads": "thread",
 }
 
 
@@ -256,6 +335,29 @@ def test_a_forward_keeps_its_function_or_is_refused(name: str) -> None:
     if name in WORDS:
         with pytest.raises(pathlift.CaptureError, match=WORDS[name]):
             pathlift.rescaling_group(case(), torch.randn(3, 4))
+
+
+# What must not be given up.
+MOVES = ("a copy of a layer", "inference mode", "hooks a tensor", "looks at the grad mode")
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_these_are_rescaled(name: str) -> None:
+    model = type("Model", (Base,), {"forward": FORWARDS[name]})()
+    pinned = "clamp" in pathlift.rescaling_group(model, torch.randn(3, 4)).unsupported
+    assert pinned == (name == "looks at the grad mode")
+
+
+def test_the_gradient_makes_a_difference() -> None:
+    name = "clamps where it has a gradient"
+    model = type("Model", (Base,), {"forward": FORWARDS[name]})()
+    assert pathlift.rescaling_group(model, torch.randn(3, 4)).unsupported == {"clamp": 1}
+
+
+def test_the_default_dtype_is_as_before() -> None:
+    model = type("Model", (Base,), {"forward": other_type})()
+    assert pathlift.rescaling_group(model, torch.randn(3, 4)).num_scales == WIDTH
+    assert torch.get_default_dtype() is torch.float32
 
 
 class Parts(Base):

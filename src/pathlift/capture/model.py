@@ -106,7 +106,7 @@ class _Session:
         """One graph per mode and per call that differs from the first."""
         modes = [self.own, not self.own]
         later: dict[bool, Snapshot] = {}
-        self.examples = {mode: self.inputs for mode in modes}
+        self.examples = dict.fromkeys(modes, self.inputs)
         if self.real:
             for mode in modes:
                 self.examples[mode] = self._warm_up(mode, later)
@@ -170,9 +170,11 @@ class _Session:
         """Run for real, with gradients where the record has none; what that called."""
         self.set_mode(mode)
         copied = _copied(inputs)
+        own = {id(t) for t in self._tensors().values()}
+        reads = Reads(lambda tensor: None, True, own)
         # Fast kernels: they change what is inside of an operation, not which one is called.
         fast = torch.backends.mkldnn.flags(enabled=torch._C._get_mkldnn_enabled())
-        with _below_autograd(gradients=True), fast, Witness(self.fake.run) as witness:
+        with _below_autograd(gradients=True), fast, Witness(self.fake.run) as witness, reads:
             self.model(*copied.args, **copied.kwargs)
         return witness.seen
 
@@ -271,7 +273,7 @@ class _Session:
         args, kwargs = pytree.tree_map_only(Tensor, faked, (inputs.args, inputs.kwargs))
         try:
             with _below_autograd(gradients), module_paths(recorder, model), self.fake, recorder:
-                with Reads(recorder.refuse_values):
+                with Reads(recorder.refuse_values, gradients, recorder.named):
                     out = model(*args, **kwargs)
                 if recorder.refused is not None:  # the model's own code has caught it
                     raise recorder.refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -135,9 +136,7 @@ def _check_storage(parameters: Mapping[str, Tensor]) -> None:
         for name, p in parts.items()
         if p.numel() and p.untyped_storage().data_ptr()
     )
-    for (base_a, start_a, size_a, a), (base_b, start_b, _, b) in zip(
-        spans, spans[1:], strict=False
-    ):
+    for (base_a, start_a, size_a, a), (base_b, start_b, _, b) in itertools.pairwise(spans):
         if base_a == base_b and start_b < start_a + size_a:
             a, b = sorted((a, b))
             raise CaptureError(

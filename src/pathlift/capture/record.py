@@ -427,6 +427,11 @@ class Recorder(Watch):
         if name is not None:
             kind = "parameter" if id(tensor) in self.parameters else "buffer"
             what = f"{kind} '{name}'"
+        elif _is_fake(tensor):
+            raise CaptureError(
+                "it uses a tensor that was computed where its operations can't be followed, such "
+                "as in another thread. Compute it in the thread that calls the model."
+            )
         known = not (id(tensor) in self.parameters or id(tensor) in self.state or _is_fake(tensor))
         root = Root(external=what, symbolic=not known, known=known)
         if not known:

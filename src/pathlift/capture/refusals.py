@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 import re
+from types import CodeType
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -27,6 +28,16 @@ _BRANCHES = (
 
 # What PyTorch says where a model leaves what can be recorded -> what that is, and what to do.
 _KNOWN = (
+    (
+        r"fake_mode.in_kernel_invocation must be False",
+        "it computes in several threads at once, which can't be followed",
+        "Compute in the thread that calls the model",
+    ),
+    (
+        r"passed to FakeTensor.__format__",
+        "it writes the value of a tensor into a text",
+        "Leave that out, or write the tensor's shape",
+    ),
     (
         r"not supported for tensor subclasses",
         "it hands values of a tensor to NumPy or Python, where they can't be followed",
@@ -71,7 +82,7 @@ def explained(model: str, mode: bool, inputs: Inputs, error: BaseException) -> C
     elif isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         why = "the size of a tensor, or a branch, depends on values"
     elif isinstance(error, CaptureError):
-        why = text.rstrip(".")
+        why, advice = text.rstrip("."), ""
     else:
         known = ((re.search(p, text), found, advice) for p, found, advice in _KNOWN)
         match, found, advice = next((k for k in known if k[0]), (None, "", advice))
@@ -87,7 +98,7 @@ def explained(model: str, mode: bool, inputs: Inputs, error: BaseException) -> C
             advice = "Register one with torch.library.register_fake"
     return CaptureError(
         f"{model} can't be captured in {_name(mode)} mode on inputs {describe(inputs)}: "
-        f"{why}{_at(error)}. {advice}."
+        f"{why}{_at(error)}." + (f" {advice}." if advice else "")
     )
 
 
@@ -140,6 +151,11 @@ def _name(mode: bool) -> str:
 def _at(error: BaseException) -> str:
     line = users_line(error)
     return f" ({line})" if line else ""
+
+
+def in_torch(code: CodeType) -> bool:
+    """Whether code is PyTorch's."""
+    return code.co_filename.startswith(_TORCH)
 
 
 def users_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from pathlift.curvature import curvature
 from pathlift.experiments.architectures import widths_of
 from pathlift.experiments.compare import LABELS
-from pathlift.experiments.exactness import CONTINUOUS, LEAST_SEEDS, NONE, fine, rate_of
+from pathlift.experiments.exactness import CONTINUOUS, ENORM, LEAST_SEEDS, NONE, fine, rate_of
 from pathlift.experiments.exactness import studies as decided
 from pathlift.experiments.methods import loss_of
 from pathlift.experiments.study import Result, Run, Study, Table, stored
@@ -53,6 +53,16 @@ def contrasts() -> dict[str, Study]:
         "-autoencoder-adamw": _study("autoencoder:128-32-8", "adamw", fine(0.0054, 2, 2), **code),
         "-narrow-code": _study("autoencoder:128-32-2", "sgd", fine(1, 2, 2), **code),
         "-wide-middle": _study("mlp:16-256-16", "sgd", fine(0.667, 2, 2)),
+        "-language-adamw": _study(
+            "transformer:32-2",
+            "adamw",
+            [0.003, 0.006, 0.012, 0.024],
+            methods=(NONE, CONTINUOUS, ENORM),
+            data=("python-manual",),
+            samples=1920,
+            batch=16,
+            epochs=2,
+        ),
         "-convolutional": _study("convolutional:8", "sgd", fine(0.1, 2, 2), **kaiming),
         "-convolutional-default": _study("convolutional:8", "sgd", fine(0.3, 2, 2)),
     }

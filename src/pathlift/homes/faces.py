@@ -211,7 +211,7 @@ def same(a: Pairs, b: Pairs) -> bool:
     if not a or not b:
         return not a and not b
     return len(a) == len(b) and all(
-        v is w and (k is q or type(k) is type(q) is int and k == q)
+        v is w and (k is q or (type(k) is type(q) is int and k == q))
         for (k, v), (q, w) in zip(a, b, strict=True)
     )
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pathlift import operations
+from pathlift.capture.names import plain_arithmetic
 from pathlift.capture.program import Call, Graph, Program, Symbol, call, symbols_in
 from pathlift.capture.walk import walk
 from pathlift.collector import uncollected
@@ -53,6 +54,7 @@ class LiftedPass:
     approximated: dict[str, int]
 
 
+@plain_arithmetic()
 @uncollected()
 def lifted_pass(
     program: Program,

@@ -27,6 +27,18 @@ class PathNorm:
 
     Raises:
         ArgumentError, CaptureError: see :func:`path_norm`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> norm = pathlift.PathNorm(model, x)
+    >>> loss = 0.1 * norm()
+    >>> loss.backward()  # d |2 * 3| / d 2 = 3
+    >>> round(float(model[0].weight.grad), 6)
+    0.3
     """
 
     def __init__(self, model: nn.Module, example_inputs: object, p: float = 1) -> None:
@@ -94,6 +106,15 @@ def path_norm(
     Raises:
         UnsupportedOperationError: an operation without paths (softmax, GELU …).
         ArgumentError, CaptureError: see :func:`pathlift.rescaling_group`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> pathlift.path_norm(model, x, p=1)  # one path, of weight 2 * 3
+    6.0
     """
     norm = PathNorm(model, example_inputs, p)
     if differentiable:
@@ -120,6 +141,15 @@ def path_magnitude(model: nn.Module, example_inputs: object, p: float = 1) -> di
 
     Raises:
         UnsupportedOperationError, ArgumentError, CaptureError: see :func:`path_norm`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> [float(m) for m in pathlift.path_magnitude(model, x).values()]  # the one path passes both
+    [1.0, 1.0]
     """
     program = PathNorm(model, example_inputs, p)._program
     with torch.enable_grad():
@@ -153,6 +183,15 @@ def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, 
         PathliftError: the values exceed float64 (:func:`pathlift.condition_` does not need them
             and has no such limit).
         ArgumentError, CaptureError: see :func:`pathlift.rescaling_group`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> {n: float(g) for n, g in pathlift.path_kernel_diagonal(model, x).items()}
+    {'0.weight': 9.0, '2.weight': 4.0}
     """
     program = capture(model, example_inputs)
     found, shift, _ = diagonal(program, program.training, repeats=True)
@@ -181,6 +220,10 @@ def imbalance(diagonal: Mapping[str, Tensor]) -> float:
 
     Raises:
         ArgumentError: negative or non-finite entries.
+
+    >>> import pathlift, torch
+    >>> pathlift.imbalance({"a": torch.tensor([9.0]), "b": torch.tensor([4.0])})  # log(6.5 / 6)
+    0.080...
     """
     count, log_sum = 0, 0.0
     peaks = []

@@ -76,7 +76,7 @@ def sum_up(
 
 def _summed(spec: ParameterScales, g: Tensor | Product, maxima: bool, counted: bool) -> Sums:
     parts = _two_parts(spec)
-    classes = [_classes(g.shape, axes, terms) for axes, terms in parts]
+    classes = [classes_of(g.shape, axes, terms) for axes, terms in parts]
     if isinstance(g, Product):
         if not maxima and _separable(g, parts):
             return _sum_up_product(g, parts, classes, counted)
@@ -89,7 +89,7 @@ def _summed(spec: ParameterScales, g: Tensor | Product, maxima: bool, counted: b
     if not parts:
         total = g.sum(dtype=torch.float64)
         return Sums(g.numel(), positive, log_sum, [], total, [], [])
-    matrix = _reduce(g, parts, classes, maxima)
+    matrix = reduce_to(g, parts, classes, maxima)
     tallies = _all_positive(g.numel(), classes) if full else _tallies(g, parts, classes)
     if len(parts) == 1 or matrix.dtype != torch.float32:
         matrix = matrix.to(torch.float64)
@@ -148,7 +148,7 @@ def _all_positive(numel: int, classes: Sequence[Classes]) -> list[Array]:
 
 
 def _tallies(g: Tensor, parts: Sequence[Part], classes: Sequence[Classes]) -> list[Array]:
-    number = _reduce((g > 0).to(torch.float64), parts, classes)
+    number = reduce_to((g > 0).to(torch.float64), parts, classes)
     sums = [number] if len(parts) == 1 else [number.sum(1), number.sum(0)]
     return [to_numpy(s) for s in sums]
 
@@ -216,7 +216,7 @@ class Classes:
         return values.index_select(axis, torch.from_numpy(order).to(values.device))
 
 
-def _classes(
+def classes_of(
     shape: torch.Size, axes: Sequence[int], terms: Sequence[tuple[int, Tensor]]
 ) -> Classes:
     sizes = [n if d in axes else 1 for d, n in enumerate(shape)]
@@ -235,7 +235,7 @@ def _classes(
     return Classes(table[first], index.reshape(-1), counts)
 
 
-def _reduce(
+def reduce_to(
     g: Tensor, parts: Sequence[Part], classes: Sequence[Classes], maxima: bool = False
 ) -> Tensor:
     """Sum ``g`` (or take its maxima) to one axis per part, then over equal scales."""

@@ -72,6 +72,16 @@ class RescalingGroup:
         parameters: per parameter, the variables its rows and columns carry.
         unsupported: operations that pinned something, with counts.
         equations: what the basis was solved from, for the reasons in the summary.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> group = pathlift.rescaling_group(model, x)
+    >>> before = model(x)
+    >>> group.rescale_(model, torch.randint(-3, 4, (group.num_scales,)))
+    >>> torch.equal(model(x), before)
+    True
     """
 
     num_scales: int
@@ -291,6 +301,16 @@ def rescaling_group(
 
     Raises:
         ArgumentError, CaptureError: see :func:`pathlift.capture.capture`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> group = pathlift.rescaling_group(model, x)
+    >>> group.num_scales
+    32
+    >>> group.summary().splitlines()[0]
+    '32 free scales'
     """
     return infer_group(capture(model, example_inputs), batch_norm)
 

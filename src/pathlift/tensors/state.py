@@ -105,6 +105,12 @@ def declare_state(optimizer_class: type[optim.Optimizer], powers: Mapping[str, i
 
     Raises:
         ArgumentError: not an optimiser class, or a power that is not an integer.
+
+    >>> import torch
+    >>> from pathlift.training import declare_state
+    >>> class Signs(torch.optim.Optimizer):
+    ...     '''Keeps a mean of gradients and a counter.'''
+    >>> declare_state(Signs, {"mean": -1, "count": 0})
     """
     if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, optim.Optimizer):
         raise ArgumentError(
@@ -145,6 +151,17 @@ def state_changes(
     Raises:
         ArgumentError: state whose transformation is not known or can't be expressed.
         RangeError: state that would overflow.
+
+    >>> import torch
+    >>> from pathlift.training import state_changes
+    >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> rows = torch.tensor([[1.0], [2.0]])  # log2 factors of the rows
+    >>> ((buffer, _, power),) = state_changes(optimizer, [("w", weight, [rows])])
+    >>> buffer.shape, power  # to be multiplied by 2 ** -rows
+    (torch.Size([2, 3]), -1)
     """
     changes = list(changes)
     found: list[_Change] = []

@@ -32,6 +32,18 @@ def rescale_average_(
         ArgumentError: not an AveragedModel, or one of another model.
         RangeError: an averaged weight would leave the normal range of its dtype; no weight has
             changed.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> from torch.optim.swa_utils import AveragedModel
+    >>> average = AveragedModel(model)
+    >>> group = pathlift.rescaling_group(model, x)
+    >>> report = pathlift.condition_(model, x)
+    >>> pathlift.training.rescale_average_(average, group, report.log2_scales)
+    >>> torch.equal(average.module[0].weight, model[0].weight)
+    True
     """
     if not isinstance(averaged_model, AveragedModel):
         raise ArgumentError(

@@ -1,0 +1,365 @@
+"""``equalize_``: batch norms folded, ranges equalised, high biases absorbed, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pathlift.absorption import (
+    Statistics,
+    absorb_captured_,
+    fold_captured_,
+    rescaled_statistics,
+)
+from pathlift.capture.inputs import as_inputs
+from pathlift.capture.model import capture
+from pathlift.capture.names import check_model, named_tensors
+from pathlift.capture.program import Inputs, Program
+from pathlift.errors import ArgumentError, VerificationError, unknown
+from pathlift.homes.snapshot import Snapshot
+from pathlift.quantization.bounded import free_relu6_
+from pathlift.quantization.formats import Format, format_of
+from pathlift.quantization.layers import Convolution, channel_axis, checked_target, weights
+from pathlift.quantization.measure import Measured, measure, run
+from pathlift.quantization.objective import Errors
+from pathlift.quantization.report import EqualizationReport, LayerRow, Spread, spread_of
+from pathlift.quantization.terms import Term, input_scales, term
+from pathlift.solve.bounds import extent_bounds
+from pathlift.solve.matrix import Array
+from pathlift.symmetry.group import RescalingGroup, infer_group
+from pathlift.tensors.extents import extents
+from pathlift.tensors.rescale import rescale_
+from pathlift.timing import timed
+from pathlift.verify import excess, largest_change
+
+_BIASES = ("shrink", "ignore")
+_RELU6 = ("keep", "relu", "per-channel")
+# By how much folding and rescaling may exceed what rounding explains in a single operation.
+_SLACK = 100.0
+# Absorbing biases may cost this part of the quantisation's own error, else it is taken back.
+_ABSORBED = 0.1
+
+
+def equalize_(
+    model: nn.Module,
+    example_inputs: object,
+    *,
+    fold: bool = True,
+    biases: str = "shrink",
+    relu6: str = "keep",
+    activations: Sequence[object] | None = None,
+    strength: float = 0.5,
+    absorb: bool = True,
+    format: str = "int8",
+    per: str = "tensor",
+) -> EqualizationReport:
+    """Prepare a model for quantisation, in place: fold, equalise and absorb.
+
+    Batch norms are folded into the layers in front of them. Then the rescaling is applied that
+    makes the error least that quantised weights cause at the model's output, over all scales of
+    the model's rescaling group at once (continuous, not powers of two). For a weight with one
+    largest magnitude per tensor that error is
+
+        max_i |w'_i|^2 / (12 steps^2) * sum_i G'_i,    w' = w 2^(E s),   G' = G 2^(-2 E s),
+
+    with G the mean squared derivative of the output by each entry on the example inputs; the sum
+    over all tensors is convex in s. Last, what pre-activations exceed zero by almost always is
+    moved from a layer's bias into the next ones' (:mod:`pathlift.absorption`).
+
+    Args:
+        model: in evaluation mode.
+        example_inputs: one batch as forward takes it. Its values matter: sensitivities are measured
+            on its first 8 samples, and a few typical ones are enough.
+        fold: fold batch norms.
+        biases: ``"shrink"`` or ``"ignore"``. Biases are not quantised, but a layer's output ranges
+            over its bias at least. ``"shrink"`` counts, for each quantised layer, the error of
+            its output if it were rounded with one step for all channels and the range of every
+            channel were its bias ``|b|``; that keeps scales from growing large biases. With
+            ``activations`` real ranges, which contain the biases, take their place.
+        relu6: ``"keep"``, ``"relu"`` (make it ReLU, as the publication does: changes the function
+            where activations exceed 6) or ``"per-channel"``
+            (:class:`~pathlift.quantization.BoundedReLU`: the same function, channels free).
+        activations: batches like ``example_inputs`` to calibrate on. The errors of quantising the
+            inputs of linear layers and convolutions, per tensor over their ranges on these batches,
+            are then counted too.
+        strength: 0 to 1, as in SmoothQuant: weights' errors count ``2 (1 - strength)``-fold and
+            activations' ``2 strength``-fold, so that 0 looks at weights alone, 1 at activations
+            alone, and 0.5 is the error of both. Without ``activations`` it has no meaning.
+        absorb: absorb high biases of folded layers, at 3 deviations. Taken back if it changes
+            the outputs on the example by more than a tenth of the predicted error.
+        format: ``"int8"``, ``"int4"`` or ``"float8_e4m3"``.
+        per: one step per ``"tensor"``, or per output ``"channel"`` of weights.
+
+    Returns:
+        The report: ranges and predicted SQNR before and after, per layer and in all.
+
+    Raises:
+        ArgumentError: a wrong argument, or a model in training mode.
+        CaptureError: the model can't be captured.
+        VerificationError: outputs differ by more than rounding explains.
+
+    In every case of failure the model is as it was.
+    """
+    asked = _Asked(fold, biases, relu6, strength, absorb, format_of(format), checked_target(per))
+    model = check_model(model)
+    if model.training:
+        raise ArgumentError("the model is in training mode. Call model.eval() first.")
+    batches = [as_inputs(batch) for batch in activations or ()]
+    if activations is not None and not batches:
+        raise ArgumentError("activations is empty; pass at least one batch, or None.")
+    seconds: dict[str, float] = {}
+    with timed(seconds, "capture"):
+        program = capture(model, as_inputs_of(example_inputs))
+    with _restored_on_failure(model):
+        return _equalized(model, program, batches, asked, seconds)
+
+
+def as_inputs_of(example_inputs: object) -> object:
+    """The inputs, checked before anything is done with them."""
+    as_inputs(example_inputs)
+    return example_inputs
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of :func:`equalize_`, checked."""
+
+    fold: bool
+    biases: str
+    relu6: str
+    strength: float
+    absorb: bool
+    format: Format
+    per: str
+
+    def __post_init__(self) -> None:
+        flags: dict[str, object] = {"fold": self.fold, "absorb": self.absorb}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
+        if self.biases not in _BIASES:
+            raise unknown("biases", self.biases, _BIASES)
+        if self.relu6 not in _RELU6:
+            raise unknown("relu6", self.relu6, _RELU6)
+        strength: object = self.strength
+        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+        if not number or not 0 <= self.strength <= 1:
+            raise ArgumentError(f"strength must be a number from 0 to 1; found {strength!r}.")
+
+
+def _equalized(
+    model: nn.Module,
+    program: Program,
+    batches: Sequence[Inputs],
+    asked: _Asked,
+    seconds: dict[str, float],
+) -> EqualizationReport:
+    with timed(seconds, "verify"):
+        before = run(model, program.inputs)
+    replaced, change_relu6 = 0, 0.0
+    if asked.relu6 != "keep":
+        replaced, program = free_relu6_(model, program, asked.relu6)
+        if asked.relu6 == "relu":
+            now = run(model, program.inputs)
+            before, change_relu6 = now, _relative(before, now)
+    folded: Statistics = {}
+    if asked.fold:
+        with timed(seconds, "fold"):
+            folded, program = fold_captured_(model, program)
+    with timed(seconds, "symmetry"):
+        group = infer_group(program)
+    with timed(seconds, "measure"):
+        names = _names(model, group)
+        measured = measure(model, program, names, batches)
+        errors = Errors(_terms(model, group, measured, asked), group.num_scales)
+    with timed(seconds, "solve"):
+        scales, evaluations = _scales(program, group, errors)
+    spreads = {n: spread_of(p, channel_axis(m)) for n, m, p in weights(model)}
+    with timed(seconds, "apply"):
+        rescale_({**program.buffers, **program.parameters}, group.factors(scales))
+    with timed(seconds, "verify"):
+        after = run(model, program.inputs)
+        change = _checked_change(before, after)
+    with timed(seconds, "absorb"):
+        noise = errors.total(scales) / max(measured.power, 1e-300)
+        moved = rescaled_statistics(folded, group, torch.from_numpy(scales))
+        absorbed, change_absorbed = 0, 0.0
+        if asked.absorb and moved:
+            absorbed, change_absorbed = _absorbed(model, program, moved, after, noise)
+    return _report(
+        model=model,
+        asked=asked,
+        errors=errors,
+        scales=scales,
+        power=measured.power,
+        spreads=spreads,
+        counts=(len(folded), replaced, absorbed),
+        changes=(change, change_absorbed, change_relu6),
+        evaluations=evaluations,
+        seconds=seconds,
+    )
+
+
+def _names(model: nn.Module, group: RescalingGroup) -> list[str]:
+    """The weights, and the biases beside them, that the captured model knows."""
+    found = []
+    for name, module, _ in weights(model):
+        bias = name.rpartition(".")[0] + ".bias" if "." in name else "bias"
+        has_bias = isinstance(module._parameters.get("bias"), Tensor)
+        found += [n for n in (name, bias if has_bias else "") if n in group.parameters]
+    return list(dict.fromkeys(found))
+
+
+def _terms(
+    model: nn.Module, group: RescalingGroup, measured: Measured, asked: _Asked
+) -> list[Term]:
+    """One term per weight, and per bias or layer's input where they count."""
+    found = []
+    weigh, rouse = (
+        (1.0, 0.0)
+        if not measured.inputs
+        else (
+            2.0 * (1.0 - asked.strength),
+            2.0 * asked.strength,
+        )
+    )
+    floor, relative = asked.format.floor, asked.format.relative
+    # Activations are not symmetric: twice as many steps over largest minus smallest.
+    steps = 1.0 / (12.0 * (2.0 * asked.format.steps + 1.0) ** 2)
+    for name, module, parameter in weights(model):
+        if name not in measured.sensitivity:
+            continue
+        spec, sensitivity = group.parameters[name], measured.sensitivity[name]
+        axis = channel_axis(module) if asked.per == "channel" else None
+        if weigh:
+            found.append(
+                term(group, spec, "weight", parameter, sensitivity, weigh * floor, relative, axis)
+            )
+        bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
+        if bias in measured.sensitivity and not measured.inputs and asked.biases == "shrink":
+            values, matters = module._parameters["bias"], measured.sensitivity[bias]
+            assert values is not None
+            found.append(term(group, group.parameters[bias], "bias", values, matters, steps))
+        if name in measured.inputs and rouse:
+            groups = module.groups if isinstance(module, Convolution) else 1
+            inner = None if axis == 1 else input_scales(spec, groups)
+            if inner is not None:
+                matters, span = measured.inputs[name]
+                found.append(term(group, inner, "activation", span, matters, rouse * steps))
+    return found
+
+
+def _scales(program: Program, group: RescalingGroup, errors: Errors) -> tuple[Array, int]:
+    """The scales at which the error is least; none where that is not less than before."""
+    none = np.zeros(group.num_scales)
+    if not group.num_scales or not errors.terms:
+        return none, 0
+    tensors = {**program.buffers, **program.parameters}
+    moving = {n: tensors[n] for n, spec in group.parameters.items() if spec.terms}
+    lower, upper = extent_bounds(group, extents(moving))
+    found, evaluations = errors.least(none, lower, upper)
+    return (found if errors.total(found) < errors.total(none) else none), evaluations
+
+
+def _checked_change(before: list[Tensor], after: list[Tensor]) -> float:
+    if excess([before], [after]) > _SLACK:
+        raise VerificationError(
+            f"folding and rescaling changed the outputs by {_relative(before, after):.3g} of their "
+            f"largest entry; rounding explains far less. The model has been restored. Try a wider "
+            f"dtype (model.double()), and look for layers that leave its range."
+        )
+    return _relative(before, after)
+
+
+def _relative(before: list[Tensor], after: list[Tensor]) -> float:
+    size = max((float(t.abs().max()) for t in before if t.numel()), default=0.0)
+    return largest_change([before], [after]) / size if size else 0.0
+
+
+def _absorbed(
+    model: nn.Module, program: Program, statistics: Statistics, before: list[Tensor], noise: float
+) -> tuple[int, float]:
+    """Channels whose bias was absorbed, and the change; (0, 0) where it was taken back."""
+    kept = {n: p.detach().clone() for n, p in program.parameters.items() if p.dim() == 1}
+    count = sum(absorb_captured_(program, statistics).values())
+    if not count:
+        return 0, 0.0
+    after = run(model, program.inputs)
+    power = sum(float(t.double().square().sum()) for t in before)
+    gap = sum(
+        float((a.double() - b.double()).square().sum()) for a, b in zip(before, after, strict=True)
+    )
+    if gap <= _ABSORBED * noise * power:
+        return count, _relative(before, after)
+    with torch.no_grad():
+        for name, values in kept.items():
+            program.parameters[name].copy_(values)
+    return 0, 0.0
+
+
+def _report(
+    *,
+    model: nn.Module,
+    asked: _Asked,
+    errors: Errors,
+    scales: Array,
+    power: float,
+    spreads: dict[str, Spread],
+    counts: tuple[int, int, int],
+    changes: tuple[float, float, float],
+    evaluations: int,
+    seconds: dict[str, float],
+) -> EqualizationReport:
+    first, last = errors.each(np.zeros_like(scales)), errors.each(scales)
+    counted = np.asarray([t.kind != "bias" for t in errors.terms], dtype=bool)
+    rows = []
+    by_name = {t.name: k for k, t in enumerate(errors.terms) if t.kind == "weight"}
+    for name, module, parameter in weights(model):
+        if name in by_name:
+            k = by_name[name]
+            now = spread_of(parameter, channel_axis(module))
+            pair = decibels(power, first[k]), decibels(power, last[k])
+            rows.append(LayerRow(name, spreads[name], now, *pair))
+    return EqualizationReport(
+        format=asked.format.name,
+        per=asked.per,
+        num_scales=len(scales),
+        folded=counts[0],
+        relu6_replaced=counts[1],
+        absorbed=counts[2],
+        sqnr_before=decibels(power, float(first[counted].sum())),
+        sqnr_after=decibels(power, float(last[counted].sum())),
+        change=changes[0],
+        change_absorbed=changes[1],
+        change_relu6=changes[2],
+        log2_scales=torch.from_numpy(scales),
+        layers=tuple(rows),
+        evaluations=evaluations,
+        seconds=seconds,
+    )
+
+
+def decibels(power: float, error: float) -> float:
+    """``10 log10(power / error)``; infinite without an error."""
+    return float(10.0 * np.log10(power / error)) if error > 0 and power > 0 else float("inf")
+
+
+@contextmanager
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """The model with its modules, parameters and buffers as they were, if anything fails."""
+    parameters = named_tensors(model)[0]
+    values = {n: p.detach().clone() for n, p in parameters.items()}
+    snapshot = Snapshot(model)
+    try:
+        yield
+    except BaseException:
+        snapshot.restore()
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+        raise

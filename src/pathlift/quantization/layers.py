@@ -1,0 +1,80 @@
+"""Which tensors of a model are quantised, and a copy of the model that holds rounded ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from pathlift.capture.names import check_model
+from pathlift.errors import unknown
+from pathlift.quantization.formats import Format, format_of
+
+Convolution = nn.modules.conv._ConvNd
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
+_TARGETS = ("tensor", "channel")
+
+
+def checked_target(per: object) -> str:
+    """``"tensor"`` or ``"channel"``.
+
+    Raises:
+        ArgumentError: something else.
+    """
+    if not isinstance(per, str) or per not in _TARGETS:
+        raise unknown("per", per, _TARGETS)
+    return per
+
+
+def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Name, module and parameter of every weight that is quantised, each parameter once.
+
+    These are the floating-point parameters of two dimensions or more that are called ``weight``
+    or have it in their name (``in_proj_weight``, ``weight_ih_l0``); tables of embeddings and
+    biases stay as they are.
+    """
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is None or "weight" not in name or id(parameter) in seen:
+                continue
+            if parameter.dim() > 1 and parameter.is_floating_point():
+                seen.add(id(parameter))
+                yield f"{path}.{name}" if path else name, module, parameter
+
+
+def channel_axis(module: nn.Module) -> int:
+    """The dimension of a weight along which its output channels lie."""
+    return 1 if isinstance(module, _TRANSPOSED) else 0
+
+
+def quantised(model: nn.Module, format: str = "int8", per: str = "tensor") -> nn.Module:
+    """A copy of the model whose weights hold only values of a number format, for measuring.
+
+    Args:
+        model: any module.
+        format: ``"int8"``, ``"int4"`` (symmetric whole numbers) or ``"float8_e4m3"``.
+        per: one largest magnitude per ``"tensor"`` or per output ``"channel"``.
+
+    Returns:
+        The copy; weights keep their dtype, everything else is as in the model.
+
+    Raises:
+        ArgumentError: an unknown format or target.
+    """
+    chosen, target = format_of(format), checked_target(per)
+    made = copy.deepcopy(check_model(model))
+    round_weights_(made, chosen, target)
+    return made
+
+
+def round_weights_(model: nn.Module, format: Format, per: str) -> None:
+    """Round every weight in place."""
+    with torch.no_grad():
+        for _, module, parameter in weights(model):
+            axis = channel_axis(module) if per == "channel" else None
+            parameter.copy_(format.rounded(parameter, axis))

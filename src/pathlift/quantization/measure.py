@@ -1,0 +1,178 @@
+"""How much an error of every weight, bias and activation matters at the output, and ranges.
+
+With independent errors of variance v_i the output's expected squared error is ``sum_i G_i v_i``,
+``G_i = E |d out / d theta_i|^2`` over samples. One backward pass per sample with random signs ``u``
+at the output gives ``(d u.out / d theta_i)^2``, whose expectation over u is that sum over outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from pathlift.capture.inputs import tensors_in
+from pathlift.capture.names import plain_arithmetic
+from pathlift.capture.program import Inputs, Program
+from pathlift.errors import ArgumentError
+from pathlift.homes.snapshot import Snapshot
+from pathlift.quantization.layers import Convolution, weights
+
+# Samples of the example inputs that sensitivities are averaged over.
+SAMPLES = 8
+
+
+@dataclass
+class Measured:
+    """What the objective is made of.
+
+    Attributes:
+        power: mean over samples of the output's squared norm.
+        sensitivity: parameter name -> ``G``, of its shape, float32.
+        inputs: weight name of a linear layer or convolution -> sensitivity and range (largest
+            minus smallest value, zero included) of its input, per channel.
+    """
+
+    power: float = 0.0
+    sensitivity: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The floating-point tensors that the model returns; the model is left as it was."""
+    with torch.no_grad(), plain_arithmetic(), Snapshot(model):
+        return [t.detach().clone() for t in _floats(model(*inputs.args, **inputs.kwargs))]
+
+
+def _floats(out: Any) -> list[Tensor]:
+    return [t for t in tensors_in(out) if t.is_floating_point()]
+
+
+def samples_of(inputs: Inputs, batch: int | None) -> list[Inputs]:
+    """The first samples of a batch, one by one; the whole where samples can't be told apart."""
+    if batch is None:
+        return [inputs]
+
+    def one(tensor: Tensor, k: int) -> Tensor:
+        return tensor[k : k + 1] if tensor.dim() and tensor.shape[0] == batch else tensor
+
+    found = []
+    for k in range(min(batch, SAMPLES)):
+        pick = lambda t, k=k: one(t, k)  # noqa: E731
+        args, kwargs = pytree.tree_map_only(Tensor, pick, (inputs.args, inputs.kwargs))
+        found.append(Inputs(args, kwargs))
+    return found
+
+
+def measure(
+    model: nn.Module, program: Program, names: Sequence[str], calibration: Sequence[Inputs]
+) -> Measured:
+    """Sensitivities of the named parameters on the example inputs; with calibration, of inputs too.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        program: of the model as it is.
+        names: parameters.
+        calibration: batches over which the ranges of layers' inputs are taken; none: layers'
+            inputs are not looked at.
+    """
+    found = Measured()
+    samples = samples_of(program.inputs, program.graphs[0].batch)
+    generator = torch.Generator().manual_seed(0)
+    with plain_arithmetic(), Snapshot(model), torch.enable_grad():
+        leaves = {n: program.parameters[n].detach().requires_grad_() for n in names}
+        for sample in samples:
+            _add_sample(model, leaves, sample, generator, bool(calibration), found)
+    found.power /= len(samples)
+    for gradient in found.sensitivity.values():
+        gradient /= len(samples)
+    spans: dict[str, tuple[Tensor, Tensor]] = {}
+    for batch in calibration:
+        with torch.no_grad(), plain_arithmetic(), Snapshot(model), _inputs(model) as seen:
+            model(*batch.args, **batch.kwargs)
+        for name, x, axis in seen:
+            low, high = _span(x, axis)
+            if name in spans:
+                low, high = torch.minimum(low, spans[name][0]), torch.maximum(high, spans[name][1])
+            spans[name] = low, high
+    for name, (low, high) in spans.items():
+        if name in found.inputs:
+            found.inputs[name] = found.inputs[name][0] / len(samples), high - low
+    return found
+
+
+def _add_sample(
+    model: nn.Module,
+    leaves: dict[str, Tensor],
+    sample: Inputs,
+    generator: torch.Generator,
+    activations: bool,
+    found: Measured,
+) -> None:
+    with _inputs(model) as seen:
+        out = _floats(functional_call(model, dict(leaves), sample.args, sample.kwargs))
+    if not all(bool(torch.isfinite(t).all()) for t in out):
+        raise ArgumentError(
+            "the model's outputs on the example inputs are not all finite. Pass example inputs as "
+            "the model gets them in use; their values are measured."
+        )
+    live = [(n, x, axis) for n, x, axis in seen if x.requires_grad] if activations else []
+    signs = [
+        (torch.randint(0, 2, t.shape, generator=generator) * 2 - 1).to(t.device, t.dtype)
+        for t in out
+    ]
+    wanted = [*leaves.values(), *(x for _, x, _ in live)]
+    probe = sum((t * s).sum() for t, s in zip(out, signs, strict=True))
+    if not isinstance(probe, Tensor) or not probe.requires_grad:
+        raise ArgumentError("no weight of the model reaches an output; there is nothing to do.")
+    gradients = torch.autograd.grad(probe, wanted, allow_unused=True)
+    found.power += sum(float(t.detach().double().square().sum()) for t in out)
+    for name, gradient in zip(leaves, gradients, strict=False):
+        square = torch.zeros_like(leaves[name]) if gradient is None else gradient.square()
+        square = square.detach().float()
+        known = found.sensitivity.get(name)
+        found.sensitivity[name] = square if known is None else known.add_(square)
+    for (name, _, axis), gradient in zip(live, gradients[len(leaves) :], strict=True):
+        if gradient is not None:
+            others = [d for d in range(gradient.dim()) if d != axis % gradient.dim()]
+            total = gradient.detach().float().square().sum(others)
+            old = found.inputs.get(name)
+            found.inputs[name] = (total if old is None else old[0] + total, total)
+
+
+def _span(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    others = [d for d in range(x.dim()) if d != axis % x.dim()]
+    values = x.detach().float()
+    return values.amin(others).clamp(max=0), values.amax(others).clamp(min=0)
+
+
+@contextmanager
+def _inputs(model: nn.Module) -> Iterator[list[tuple[str, Tensor, int]]]:
+    """Collects (weight name, input, channel dimension) of every linear layer and convolution."""
+    seen: list[tuple[str, Tensor, int]] = []
+    hooks = []
+
+    def watch(module: nn.Module, name: str) -> None:
+        axis = 1 if isinstance(module, Convolution) else -1
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0] if args else None
+            if isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point():
+                seen.append((name, x, axis))
+
+        hooks.append(module.register_forward_pre_hook(hook))
+
+    for name, module, _ in weights(model):
+        if type(module) is nn.Linear or isinstance(module, Convolution):
+            watch(module, name)
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

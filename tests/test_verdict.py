@@ -1,0 +1,129 @@
+"""The rule: what it says of facts, what it reads off a model, and how it fares on the runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pathlift.condition import condition_
+from pathlift.experiments.architectures import autoencoder
+from pathlift.verdict import (
+    DONT,
+    LIKELY,
+    NOTHING,
+    VERDICTS,
+    Facts,
+    in_one_line,
+    judged,
+    optimizer_kind,
+)
+
+WHEN = Path(__file__).parents[1] / "docs" / "reproduced" / "when.json"
+GOOD = Facts(100, 0.7, 0.2, 16.0, optimizer="sgd")
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "said"),
+    [
+        ({}, LIKELY, "Widths change (16 times)"),
+        ({"optimizer": "unknown"}, LIKELY, "Widths change (16 times)"),
+        ({"num_scales": 0}, NOTHING, "No channel can be rescaled"),
+        ({"imbalance_after": 0.69}, NOTHING, "would fall from 0.700 to 0.690 only"),
+        ({"convolutions": 0.9}, NOTHING, "Most weights are convolutions"),
+        ({"width_ratio": 1.0}, NOTHING, "All widths are about equal"),
+        ({"batch_norms": 0.8}, DONT, "Batch norms divide a scale out again"),
+        ({"other_norms": 0.5}, DONT, "2.17 in place of 1.25"),
+        ({"attention": True}, DONT, "2.17 in place of 1.25"),
+        ({"optimizer": "adaptive"}, NOTHING, "Adam and its kin take steps of one size"),
+        ({"optimizer": "muon"}, NOTHING, "no run with it"),
+        ({"batch_norms": 0.8, "num_scales": 0}, NOTHING, "No channel can be rescaled"),
+        ({"other_norms": 0.5, "optimizer": "adaptive"}, DONT, "a two-layer Llama"),
+    ],
+)
+def test_the_rule(change: dict, verdict: str, said: str) -> None:
+    facts = replace(GOOD, **change)
+    found = judged(facts)
+    assert found.verdict == verdict and said in found.reason
+    assert found.verdict in VERDICTS and in_one_line(facts, False).startswith(f"{verdict} (")
+
+
+def test_one_line_says_what_was_not_done() -> None:
+    assert in_one_line(GOOD, False) == "likely to help (widths change 16 times)"
+    assert in_one_line(GOOD, True).endswith("; exact=False helps more)")
+    assert "with SGD" in in_one_line(replace(GOOD, optimizer="unknown"), False)
+
+
+def test_a_report_ends_with_the_advice() -> None:
+    torch.manual_seed(0)
+    model, x = autoencoder((12, 32, 4, 32, 12)), torch.randn(2, 12)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    report = condition_(model, x, optimizer=sgd)
+    assert str(report).splitlines()[-1] == f"advice       {report.advice}"
+    assert report.advice == "likely to help (widths change 8 times; exact=False helps more)"
+    assert report.to_dict()["advice"] == report.advice
+    # The rule is about the path kernel and about the first step.
+    assert condition_(model, x, criterion="weight-norm").advice == ""
+    model(x).sum().backward()
+    sgd.step()
+    assert condition_(model, x, optimizer=sgd).advice == ""
+    assert condition_(model, x, optimizer=[torch.optim.AdamW(model.parameters())]).advice
+
+
+def test_optimisers_are_known_by_their_names() -> None:
+    parameters = [nn.Parameter(torch.zeros(2, 2))]
+    for given, kind in (
+        (torch.optim.AdamW(parameters), "adaptive"),
+        (torch.optim.SGD(parameters, lr=0.1, momentum=0.9), "sgd"),
+        ("Lion", "adaptive"),
+        ("muon", "muon"),
+        ("shampoo", "unknown"),
+        (None, "unknown"),
+    ):
+        assert optimizer_kind(given) == kind
+
+
+def _facts(entry: dict) -> Facts:
+    """What advise() would know of a setting of the table."""
+    after = entry["methods"]["path-continuous"]["imbalance_after"]
+    return Facts(
+        1,
+        entry["imbalance_before"],
+        after,
+        entry["width_ratio"],
+        batch_norms=1.0 if entry["batch_norm"] else 0.0,
+        convolutions=1.0 if entry["architecture"].startswith("convolutional") else 0.0,
+        optimizer=optimizer_kind(entry["optimizer"]),
+    )
+
+
+# Settings of the table on which the rule is wrong: with the verdict, and the gain's sign.
+MISSES = {
+    ("autoencoder:128-32-8", "adamw", "pytorch", NOTHING, 1),
+    ("convolutional:8", "sgd", "kaiming-normal", NOTHING, -1),
+    ("convolutional:8", "sgd", "pytorch", NOTHING, -1),
+    ("mlp:16-256-16", "sgd", "pytorch", LIKELY, 0),
+}
+
+
+def test_the_rule_agrees_with_the_runs_it_rests_on() -> None:
+    keys = ("architecture", "data", "optimizer", "batch_norm", "initialization")
+    best: dict[tuple, dict] = {}  # of equal settings, the one with the most seeds
+    for entry in json.loads(WHEN.read_text(encoding="utf-8")):
+        kept = best.setdefault(tuple(entry[k] for k in keys), entry)
+        if entry["seeds"] > kept["seeds"]:
+            best[tuple(entry[k] for k in keys)] = entry
+    assert len(best) > 8
+    wrong = set()
+    for entry in best.values():
+        sign = entry["methods"]["path-continuous"]["own_best_rates"]["sign"]
+        verdict = judged(_facts(entry)).verdict
+        right = {LIKELY: sign == 1, NOTHING: sign == 0, DONT: sign in (0, -1)}[verdict]
+        if sign is not None and not right:
+            names = (entry["architecture"], entry["optimizer"], entry["initialization"])
+            wrong.add((*names, verdict, sign))
+    assert wrong == MISSES
