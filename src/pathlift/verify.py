@@ -104,9 +104,11 @@ def outputs(home: Home, program: Program, moved: frozenset[str] = frozenset()) -
                 torch.manual_seed(0)
                 out = _run(model, one, inputs)
                 own_tensors = attributes(model)
-                follow = {id(own_tensors[n]) for n in program.derived if n in own_tensors}
+                unseen = skipped.union(
+                    id(own_tensors[n]) for n in program.derived if n in own_tensors
+                )
                 left = [*model.buffers(), *own_tensors.values()]
-                seen = [*tensors_in(out), *(t for t in left if id(t) not in skipped | follow)]
+                seen = [*tensors_in(out), *(t for t in left if id(t) not in unseen)]
                 found.append([t.detach().clone() for t in seen if t.layout == torch.strided])
             before.restore()
     home.settle()

@@ -138,6 +138,8 @@ class Recorder(Watch):
         self._inside = 0
         self._slots: Any = WeakIdKeyDictionary()
         self._external: dict[int, tuple[Tensor, Slot]] = {}
+        # The real ones of them by the memory that they lie in.
+        self._over: dict[object, list[tuple[Tensor, Slot]]] = {}
         self._inputs: list[Slot] = []
         self._made: list[weakref.ref[Tensor]] = []
 
@@ -418,6 +420,8 @@ class Recorder(Watch):
         entry = self._external.get(id(tensor))
         if entry is None:
             entry = self._external[id(tensor)] = (tensor, self._adopt(tensor))
+            if not _is_fake(tensor):
+                self._over.setdefault(_memory(tensor), []).append(entry)
         return entry[1]
 
     def _adopt(self, tensor: Tensor) -> Slot:
@@ -530,8 +534,8 @@ class Recorder(Watch):
         """Other tensors from outside over the same memory are not what they were."""
         if _is_fake(tensor):
             return
-        for other, slot in self._external.values():
-            if slot.root is not root and not _is_fake(other) and _shares(other, tensor):
+        for other, slot in self._over.get(_memory(tensor), ()):
+            if slot.root is not root:
                 slot.root.value = Symbol(other.shape, other.dtype)
                 slot.root.symbolic = True
                 slot.root.version += 1
@@ -664,12 +668,15 @@ def _is_fake(tensor: Tensor) -> bool:
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
-    if a is b:
-        return True
+    return a is b or _memory(a) == _memory(b)
+
+
+def _memory(tensor: Tensor) -> object:
+    """Which storage a tensor lies in."""
     try:
-        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
-        return False
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors have none
+        return ("none", id(tensor))
 
 
 @contextmanager
