@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pathlift.capture.likeness import check, likeness, rebound
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
+from pathlift.capture.stored import load, save
 from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
 from pathlift.collector import uncollected
 from pathlift.criteria import Criterion, as_criterion, path_kernel
 from pathlift.errors import ArgumentError
 from pathlift.homes.home import Home
-from pathlift.homes.sharded import home_of
+from pathlift.homes.module import ModuleHome
+from pathlift.homes.sharded import home_of, whole_home
 from pathlift.lifting.samples import variance_room
 from pathlift.report import ConditioningReport, moves_of
 from pathlift.rounding import Rounding, instead, rounding
+from pathlift.settings import Settings
 from pathlift.solve import Operator, Solution, round_scales, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
@@ -130,10 +135,68 @@ class Conditioner:
     def __init__(
         self, model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
     ) -> None:
-        self._home = home_of(model)
-        self._seconds: dict[str, float] = {}
-        self._known = understood(self._home, example_inputs, batch_norm, self._seconds)
-        self.model, self.group, self.batch_norm = self._home.model, self._known.group, batch_norm
+        seconds: dict[str, float] = {}
+        home = home_of(model)
+        self._take(home, understood(home, example_inputs, batch_norm, seconds), seconds)
+
+    def _take(self, home: ModuleHome, known: Understood, seconds: dict[str, float]) -> None:
+        self._home, self._known, self._seconds = home, known, seconds
+        self.model, self.group, self.batch_norm = home.model, known.group, known.batch_norm
+        # As it was captured: on another day its modes and attributes may be others.
+        self._like = likeness(home.structure, known.program.folded)
+
+    def on(self, model: nn.Module) -> Conditioner:
+        """A conditioner of another model of the same architecture, without capturing it.
+
+        For seeds, folds and sweeps: the operations are those of the captured model, the weights and
+        the running statistics are the other's. Compared are classes and their forward methods,
+        attributes, modes, names, shapes, dtypes, devices, what is tied and what requires a
+        gradient, and the values of buffers that the operations depend on (index tables, masks). Not
+        seen are globals, and the code of what forward calls; verification runs the model as always.
+
+        Raises:
+            ArgumentError: the model differs, and in what; or its parameters are sharded.
+
+        >>> import pathlift, torch
+        >>> from torch import nn
+        >>> def network():
+        ...     return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> conditioner = pathlift.Conditioner(network(), torch.zeros(2, 4))
+        >>> for seed in range(3):
+        ...     report = conditioner.on(network()).condition_()
+        """
+        home, program = whole_home(model), self._known.program
+        check(home.model, self._like, program.folded)
+        return self._of(home, rebound(program, home.model), self.batch_norm)
+
+    def save(self, path: str | Path) -> None:
+        """Write what was captured to a ``.safetensors`` file; no weights, and no code.
+
+        Raises:
+            CheckpointError: example inputs or arguments that are no plain values, or the file can't
+                be written.
+        """
+        save(Path(path), self._known.program, self._like)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, *, batch_norm: str = "pinned") -> Conditioner:
+        """A conditioner of ``model`` from a file that :meth:`save` has written.
+
+        Raises:
+            CheckpointError: not such a file, or of another version of torch, Python or pathlift.
+            ArgumentError: the model is not like the captured one; see :meth:`on`.
+        """
+        home = whole_home(model)
+        return cls._of(home, load(Path(path), home.model), batch_norm)
+
+    @classmethod
+    def _of(cls, home: ModuleHome, program: Program, batch_norm: str) -> Conditioner:
+        made = cls.__new__(cls)
+        seconds: dict[str, float] = {}
+        with timed(seconds, "symmetry"):
+            group = infer_group(program, batch_norm)
+        made._take(home, Understood(home, program, group, batch_norm), seconds)
+        return made
 
     def condition_(
         self,
@@ -257,9 +320,11 @@ def kept(
     made = apply(how)
     if before is None:
         return how, made, None
-    with timed(seconds, "verify"):
-        times = None if how.exact or how.asked else taken_back(made, before)
-    if times is not None:
+    if not (how.exact or how.asked):
+        with timed(seconds, "verify"):
+            change, times = taken_back(made, before)
+        if times <= 1:
+            return how, made, change
         how = instead(times)
         made = apply(how)
     with timed(seconds, "verify"):
@@ -292,46 +357,6 @@ def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[
                 f"defined. Restore the weights or initialise them again."
             )
     return found
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What :func:`condition_` is asked for, checked; ``midway``: training is known to have begun.
-
-    Raises:
-        ArgumentError: a wrong type or value.
-    """
-
-    criterion: Criterion
-    exact: bool | None = None
-    solver: str = "newton"
-    tol: float | None = None
-    optimizer: Optimizers = None
-    verify: bool = True
-    on_nothing: str = "warn"
-    midway: bool = False
-
-    def __post_init__(self) -> None:
-        flags: dict[str, object] = {"verify": self.verify}
-        if self.exact is not None:
-            flags["exact"] = self.exact
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
-        if self.on_nothing not in ("warn", "error", "ignore"):
-            raise ArgumentError(
-                f"on_nothing must be 'warn', 'error' or 'ignore'; found {self.on_nothing!r}."
-            )
-        tol: object = 0.5 if self.tol is None else self.tol
-        if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
-            raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
-        several = self.optimizer if isinstance(self.optimizer, (list, tuple)) else [self.optimizer]
-        for one in several:
-            if one is not None and not isinstance(one, torch.optim.Optimizer):
-                raise ArgumentError(
-                    f"optimizer must be a torch.optim.Optimizer, a list of them or None; "
-                    f"found {type(one).__name__}."
-                )
 
 
 def scales_to_apply(operator: Operator, solution: Solution, exact: bool) -> NDArray[Any]:

@@ -70,6 +70,7 @@ def capture(model: nn.Module, example_inputs: object, source: Source | None = No
         source,
         session.examples,
         session.derived,
+        frozenset(n for r in session.recorders for n in r.folded),
     )
 
 

@@ -12,7 +12,7 @@ import gc
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -134,6 +134,8 @@ class Recorder(Watch):
         self.tensors: dict[Symbol, str] = {}
         self.constants: dict[Symbol, Tensor] = {}
         self.module: list[str] = []
+        # Buffers whose values went into the program.
+        self.folded: set[str] = set()
         self.refused: CaptureError | None = None
         self._inside = 0
         self._slots: Any = WeakIdKeyDictionary()
@@ -290,6 +292,11 @@ class Recorder(Watch):
         """Raise if a tensor's values are asked for and depend on what is not known."""
         if self._symbolic(tensor):
             self._refuse(ValueNeeded("values"))
+        self._fold([tensor])
+
+    def _fold(self, tensors: Iterable[Tensor]) -> None:
+        """Note the buffers whose values are looked at."""
+        self.folded.update(self.named[id(t)] for t in tensors if id(t) in self.named)
 
     def _computable(self, plan: _Plan, bound: dict[str, Any]) -> bool:
         if plan.seeded or plan.uninitialised:
@@ -305,6 +312,7 @@ class Recorder(Watch):
         self, func: Any, plan: _Plan, bound: dict[str, Any], args: Any, kwargs: Any
     ) -> Any:
         """Run on real tensors, none of which depends on inputs, parameters or state."""
+        self._fold(_tensors((args, kwargs)))
         for name in () if plan.reshaped else plan.mutated:
             for tensor in _tensors(bound[name]):
                 root = self._slot(tensor).root
