@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pathlift.capture.program import Call, Program, Symbol, symbols_in
@@ -68,7 +71,16 @@ def announce(what: str | None, on_nothing: str) -> None:
         return
     if on_nothing == "error":
         raise ArgumentError(f"{what}. Nothing was changed.")
-    warnings.warn(f"{what}. The model is as before.", NothingToDo, stacklevel=4)
+    warnings.warn(f"{what}. The model is as before.", NothingToDo, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """How many frames above the one that warns the code lies that has called the library."""
+    inside = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(torch.__file__))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def cautions(

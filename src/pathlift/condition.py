@@ -24,6 +24,7 @@ from pathlift.rounding import Rounding, instead, rounding
 from pathlift.solve import Operator, Solution, round_scales, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
+from pathlift.surroundings import apart
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
 from pathlift.tensors.state import Optimizers, holding_state
@@ -126,6 +127,7 @@ class Conditioner:
     True
     """
 
+    @apart
     def __init__(
         self, model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
     ) -> None:
@@ -154,6 +156,7 @@ class Conditioner:
         settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
         return self.conditioned(settings)
 
+    @apart
     def conditioned(self, settings: Settings) -> ConditioningReport:
         """:meth:`condition_` with its arguments as one object."""
         self._home.refresh()

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift import operations
 from pathlift.capture.inputs import as_inputs, doubled, tensors_in
-from pathlift.capture.names import attributes, check_model, named_tensors, plain_arithmetic
+from pathlift.capture.names import attributes, check_model, named_tensors
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.reads import Reads
 from pathlift.capture.record import Fakes, Recorder, graph_of, module_paths
@@ -29,6 +29,7 @@ from pathlift.capture.refusals import differs, draws, explained, failed, not_rec
 from pathlift.capture.witness import Witness, uncompiled
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
+from pathlift.surroundings import callers_device, plain_arithmetic
 
 # Modules are changed while they are recorded, and torch's modes are global.
 LOCK = threading.RLock()
@@ -154,7 +155,7 @@ class _Session:
             try:
                 self.set_mode(mode)
                 copied = _copied(inputs)
-                with torch.no_grad(), plain_arithmetic():
+                with torch.no_grad(), plain_arithmetic(), callers_device():
                     self.model(*copied.args, **copied.kwargs)
                 return inputs, None
             except Exception as error:
@@ -318,6 +319,7 @@ def _below_autograd(gradients: bool = False) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     level = _functorch_level()
     with ExitStack() as stack:
+        stack.enter_context(callers_device())
         stack.enter_context(uncompiled())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))

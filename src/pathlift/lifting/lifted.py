@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from pathlift import operations
-from pathlift.capture.names import plain_arithmetic
 from pathlift.capture.program import Call, Graph, Program, Symbol, call, symbols_in
 from pathlift.capture.walk import walk
 from pathlift.errors import UnsupportedOperationError
@@ -27,6 +26,7 @@ from pathlift.lifting.parameters import DroppedParameters, KeptParameters, resca
 from pathlift.lifting.samples import Statistics
 from pathlift.lifting.values import Lifted, Squares
 from pathlift.operations.table import TABLE, NoPaths, Operation, Undescribed, described
+from pathlift.surroundings import plain_arithmetic
 from pathlift.tensors.product import Product, dense
 
 assert operations  # importing the package fills the table

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pathlift.capture.names import plain_arithmetic
 from pathlift.capture.program import Call, Graph, Program, Symbol, call
 from pathlift.capture.walk import walk
 from pathlift.operations.normalization import epsilon, is_batch_norm
+from pathlift.surroundings import plain_arithmetic
 
 # A call of a batch norm -> mean and variance of each channel.
 Statistics = dict[Call, tuple[Tensor, Tensor]]

@@ -19,6 +19,7 @@ from pathlift.capture.model import capture
 from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Program
 from pathlift.errors import ArgumentError
+from pathlift.surroundings import apart
 from pathlift.symmetry.equations import Equations
 from pathlift.symmetry.inference import Inference
 from pathlift.symmetry.scales import axis_components, collapse, distinct, varying
@@ -286,6 +287,7 @@ class RescalingGroup:
         return self.parameters[name]
 
 
+@apart
 def rescaling_group(
     model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
 ) -> RescalingGroup:
