@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         path_norm,
     )
     from pathlift.lifting.pruning import path_magnitude_masks, prune_by_path_magnitude_
+    from pathlift.orbits import OrbitDistance, canonical_, orbit_distance
     from pathlift.report import ConditioningReport
     from pathlift.symmetry.group import RescalingGroup, rescaling_group
 
@@ -51,14 +52,17 @@ __all__ = [
     "Conditioner",
     "ConditioningReport",
     "MissingDependencyError",
+    "OrbitDistance",
     "PathNorm",
     "PathliftError",
     "RangeError",
     "RescalingGroup",
     "UnsupportedOperationError",
     "VerificationError",
+    "canonical_",
     "condition_",
     "imbalance",
+    "orbit_distance",
     "path_kernel_diagonal",
     "path_magnitude",
     "path_magnitude_masks",
@@ -80,6 +84,7 @@ _HOMES = {
         "path_norm",
     ),
     "lifting.pruning": ("path_magnitude_masks", "prune_by_path_magnitude_"),
+    "orbits": ("OrbitDistance", "canonical_", "orbit_distance"),
     "report": ("ConditioningReport",),
     "symmetry.group": ("RescalingGroup", "rescaling_group"),
 }

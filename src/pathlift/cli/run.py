@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pathlift import __version__
-from pathlift.cli import compare, condition, demo, inspect, norms, reproduce
+from pathlift.cli import compare, condition, demo, distance, inspect, norms, reproduce
 from pathlift.cli.exits import DONE, EXPLAINED, PIPE, code, sentence
 from pathlift.cli.parser import Parser
 from pathlift.cli.quiet import quiet
@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": inspect,
     "condition": condition,
     "norms": norms,
+    "distance": distance,
     "demo": demo,
     "compare": compare,
     "reproduce": reproduce,
