@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         path_norm,
     )
     from pathlift.lifting.pruning import path_magnitude_masks, prune_by_path_magnitude_
+    from pathlift.orbits import OrbitDistance, canonical_, orbit_distance
     from pathlift.report import ConditioningReport
     from pathlift.symmetry.group import RescalingGroup, rescaling_group
 
@@ -53,6 +54,7 @@ __all__ = [
     "Conditioner",
     "ConditioningReport",
     "MissingDependencyError",
+    "OrbitDistance",
     "PathNorm",
     "PathliftError",
     "RangeError",
@@ -60,8 +62,10 @@ __all__ = [
     "UnsupportedOperationError",
     "VerificationError",
     "advise",
+    "canonical_",
     "condition_",
     "imbalance",
+    "orbit_distance",
     "path_kernel_diagonal",
     "path_magnitude",
     "path_magnitude_masks",
@@ -85,6 +89,7 @@ _HOMES = {
         "path_norm",
     ),
     "lifting.pruning": ("path_magnitude_masks", "prune_by_path_magnitude_"),
+    "orbits": ("OrbitDistance", "canonical_", "orbit_distance"),
     "report": ("ConditioningReport",),
     "symmetry.group": ("RescalingGroup", "rescaling_group"),
 }

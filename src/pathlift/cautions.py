@@ -90,10 +90,15 @@ def cautions(
     solution: Solution,
     scales: NDArray[np.generic],
     behind: int,
+    canonical: bool = False,
 ) -> list[str]:
-    """Sentences for the report, the gravest first."""
+    """Sentences for the report, the gravest first.
+
+    ``canonical``: dead scales were given a place of their own.
+    """
     found = []
-    why = nothing(group, assembled)
+    dead = len(assembled.dead)
+    why = None if canonical and dead else nothing(group, assembled)
     if why is not None:
         found.append(why)
     if not solution.converged:
@@ -104,8 +109,12 @@ def cautions(
             f"{len(solution.at_bounds):,} scales are held at the bounds of what their dtype or "
             f"norm allows ({_listed(names)}): another call would gain more"
         )
-    dead = len(assembled.dead)
-    if why is None and 2 * dead > group.num_scales:
+    if canonical and dead:
+        found.append(
+            f"{dead:,} scales are dead: the path kernel says nothing of them, and they were placed "
+            f"by the least logarithms of weights"
+        )
+    elif why is None and 2 * dead > group.num_scales:
         found.append(
             f"{dead:,} of {group.num_scales:,} scales are dead: a layer of zeros hides what is in "
             f"front of it"

@@ -24,6 +24,7 @@ from pathlift.rounding import Rounding, instead, rounding
 from pathlift.solve import Operator, Solution, round_scales, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
+from pathlift.solve.levels import level_scales
 from pathlift.surroundings import apart
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
@@ -198,16 +199,8 @@ def condition_home(
     """
     home, program, group = known.home, known.program, known.group
     seconds = {"capture": 0.0, "symmetry": 0.0} | seconds
-    with timed(seconds, "criterion"):
-        extents = finite_extents(home, program, group)
-        room = variance_room(program) if known.batch_norm == "invariant" else {}
-        lower, upper = extent_bounds(group, extents, room)
-        assembled, approximated = assemble_from(
-            group, settings.criterion, program, lower=lower, upper=upper, store=home.store
-        )
-        announce(nothing(group, assembled), settings.on_nothing)
-    with timed(seconds, "solve"):
-        solution = solve(assembled.operator, settings.solver, settings.tol)
+    found = solved(known, settings, seconds)
+    assembled, solution, extents = found.assembled, found.solution, found.extents
     with timed(seconds, "verify"):
         moved = moved_buffers(group, program)
         before = outputs(home, program, moved) if settings.verify else None
@@ -220,7 +213,10 @@ def condition_home(
 
     def apply(how: Rounding) -> Applied:
         with timed(seconds, "solve"):
-            scales = home.agree(scales_to_apply(assembled.operator, solution, how.exact))
+            scales = solution.log2_scales
+            if not settings.canonical:
+                scales = scales_to_apply(assembled.operator, solution, how.exact)
+            scales = home.agree(scales)
         with timed(seconds, "apply"):
             undo = home.multiply_(group.factors(scales), extents, settings.optimizer)
         pinned = known.batch_norm == "pinned"
@@ -229,9 +225,9 @@ def condition_home(
         return Applied(home, program, group, scales, undo, how.exact and pinned, slack)
 
     how, made, change = kept(how, apply, before, seconds)
-    behind = behind_stand_ins(program, approximated)
-    warned = cautions(group, program, assembled, solution, made.scales, behind)
-    report = summarised(group, assembled, solution, made.scales, approximated, change, seconds)
+    behind = behind_stand_ins(program, found.approximated)
+    warned = cautions(group, program, assembled, solution, made.scales, behind, settings.canonical)
+    report = summarised(group, found, made.scales, change, seconds)
     return replace(
         report,
         warnings=warned,
@@ -239,6 +235,48 @@ def condition_home(
         rounding=str(how),
         advice=_advice(known, settings, how, report, assembled.imbalance(solution.log2_scales)),
     )
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The optimum of a criterion, and what it was found from.
+
+    Attributes:
+        extents: the magnitudes of what moves.
+        approximated: operations a stand-in was used for, with counts.
+    """
+
+    assembled: Assembled
+    solution: Solution
+    extents: dict[str, Extent]
+    approximated: dict[str, int]
+
+
+def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> Solved:
+    """Coefficients and the continuous optimum; nothing is changed. See :func:`condition_home`."""
+    home, program, group = known.home, known.program, known.group
+    with timed(seconds, "criterion"):
+        extents = finite_extents(home, program, group)
+        room = variance_room(program) if known.batch_norm == "invariant" else {}
+        lower, upper = extent_bounds(group, extents, room)
+        assembled, approximated = assemble_from(
+            group,
+            settings.criterion,
+            program,
+            lower=lower,
+            upper=upper,
+            store=home.store,
+            frozen_count=settings.canonical,
+        )
+        announce(nothing(group, assembled), settings.on_nothing)
+        if settings.canonical and len(assembled.dead):
+            place = level_scales(
+                group, lambda n: program.buffers[n] if n in program.buffers else program.value(n)
+            )
+            assembled = assembled.with_dead_at(np.clip(place, lower, upper))
+    with timed(seconds, "solve"):
+        solution = solve(assembled.operator, settings.solver, settings.tol)
+    return Solved(assembled, solution, extents, approximated)
 
 
 def kept(
@@ -297,7 +335,10 @@ def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[
 
 @dataclass(frozen=True)
 class Settings:
-    """What :func:`condition_` is asked for, checked; ``midway``: training is known to have begun.
+    """What :func:`condition_` is asked for, checked.
+
+    ``midway``: training is known to have begun. ``canonical``: what is wanted is one point per
+    orbit, so frozen parameters count and dead scales take a place of their own.
 
     Raises:
         ArgumentError: a wrong type or value.
@@ -311,6 +352,7 @@ class Settings:
     verify: bool = True
     on_nothing: str = "warn"
     midway: bool = False
+    canonical: bool = False
 
     def __post_init__(self) -> None:
         flags: dict[str, object] = {"verify": self.verify}
@@ -348,14 +390,13 @@ def scales_to_apply(operator: Operator, solution: Solution, exact: bool) -> NDAr
 
 def summarised(
     group: RescalingGroup,
-    assembled: Assembled,
-    solution: Solution,
+    found: Solved,
     scales: NDArray[Any],
-    approximated: dict[str, int],
     change: float | None,
     seconds: dict[str, float],
 ) -> ConditioningReport:
     """The report of scales that were applied."""
+    assembled, solution = found.assembled, found.solution
     return ConditioningReport(
         num_scales=group.num_scales,
         num_parameters=assembled.problem.count,
@@ -368,7 +409,7 @@ def summarised(
         log2_scales=torch.from_numpy(scales),
         max_output_change=change,
         unsupported=group.unsupported,
-        approximated=approximated,
+        approximated=found.approximated,
         seconds=seconds,
         passes=solution.passes,
         reduced_bytes=sum(b.matrix.nbytes for b in assembled.problem.blocks),
