@@ -28,7 +28,7 @@ from pathlift.solve.levels import level_scales
 from pathlift.surroundings import apart
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
-from pathlift.tensors.state import Optimizers, holding_state
+from pathlift.tensors.state import Optimizers, holding_state, optimizers_of
 from pathlift.timing import timed
 from pathlift.verdict import facts_of, in_one_line, optimizer_kind
 from pathlift.verify import Applied, Outputs, compared, moved_buffers, outputs, taken_back
@@ -368,13 +368,7 @@ class Settings:
         tol: object = 0.5 if self.tol is None else self.tol
         if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
             raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
-        several = self.optimizer if isinstance(self.optimizer, (list, tuple)) else [self.optimizer]
-        for one in several:
-            if one is not None and not isinstance(one, torch.optim.Optimizer):
-                raise ArgumentError(
-                    f"optimizer must be a torch.optim.Optimizer, a list of them or None; "
-                    f"found {type(one).__name__}."
-                )
+        optimizers_of(self.optimizer)
 
 
 def scales_to_apply(operator: Operator, solution: Solution, exact: bool) -> NDArray[Any]:
