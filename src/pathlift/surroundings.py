@@ -83,5 +83,7 @@ def callers_device() -> Iterator[None]:
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
     """The types that the model itself computes in, whatever autocast the caller is in."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    # Without a cache: weights that an autocast region has cast in one run would enter the next.
+    off = {"enabled": False, "cache_enabled": False}
+    with torch.autocast("cpu", **off), torch.autocast("cuda", **off):
         yield
