@@ -84,6 +84,7 @@ def callers_device() -> Iterator[None]:
 def plain_arithmetic() -> Iterator[None]:
     """The types that the model itself computes in, whatever autocast the caller is in."""
     # Without a cache: weights that an autocast region has cast in one run would enter the next.
-    off = {"enabled": False, "cache_enabled": False}
-    with torch.autocast("cpu", **off), torch.autocast("cuda", **off):
+    cpu = torch.autocast("cpu", enabled=False, cache_enabled=False)
+    cuda = torch.autocast("cuda", enabled=False, cache_enabled=False)
+    with cpu, cuda:
         yield
