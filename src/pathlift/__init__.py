@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         training,
     )
     from pathlift.advice import Advice, advise
-    from pathlift.condition import Conditioner, condition_
+    from pathlift.condition import condition_
+    from pathlift.conditioner import Conditioner
     from pathlift.errors import (
         ArgumentError,
         CaptureError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         path_norm,
     )
     from pathlift.lifting.pruning import path_magnitude_masks, prune_by_path_magnitude_
+    from pathlift.orbits import OrbitDistance, canonical_, orbit_distance
     from pathlift.report import ConditioningReport
     from pathlift.symmetry.group import RescalingGroup, rescaling_group
 
@@ -53,6 +55,7 @@ __all__ = [
     "Conditioner",
     "ConditioningReport",
     "MissingDependencyError",
+    "OrbitDistance",
     "PathNorm",
     "PathliftError",
     "RangeError",
@@ -60,8 +63,10 @@ __all__ = [
     "UnsupportedOperationError",
     "VerificationError",
     "advise",
+    "canonical_",
     "condition_",
     "imbalance",
+    "orbit_distance",
     "path_kernel_diagonal",
     "path_magnitude",
     "path_magnitude_masks",
@@ -75,7 +80,8 @@ __all__ = [
 _HOMES = {
     # Not in a module "advise", which would take the function's place when imported.
     "advice": ("Advice", "advise"),
-    "condition": ("Conditioner", "condition_"),
+    "condition": ("condition_",),
+    "conditioner": ("Conditioner",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "lifting.metrics": (
         "PathNorm",
@@ -85,6 +91,7 @@ _HOMES = {
         "path_norm",
     ),
     "lifting.pruning": ("path_magnitude_masks", "prune_by_path_magnitude_"),
+    "orbits": ("OrbitDistance", "canonical_", "orbit_distance"),
     "report": ("ConditioningReport",),
     "symmetry.group": ("RescalingGroup", "rescaling_group"),
 }

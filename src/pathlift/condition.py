@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pathlift.capture.likeness import check, likeness, rebound
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
-from pathlift.capture.stored import load, save
 from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
 from pathlift.collector import uncollected
 from pathlift.criteria import Criterion, as_criterion, path_kernel
 from pathlift.errors import ArgumentError
 from pathlift.homes.home import Home
-from pathlift.homes.module import ModuleHome
-from pathlift.homes.sharded import home_of, whole_home
+from pathlift.homes.sharded import home_of
 from pathlift.lifting.samples import variance_room
 from pathlift.report import ConditioningReport, moves_of
 from pathlift.rounding import Rounding, instead, rounding
@@ -30,6 +26,8 @@ from pathlift.settings import Settings
 from pathlift.solve import Operator, Solution, round_scales, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
+from pathlift.solve.levels import level_scales
+from pathlift.surroundings import apart
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
 from pathlift.tensors.state import Optimizers, holding_state
@@ -38,6 +36,7 @@ from pathlift.verdict import facts_of, in_one_line, optimizer_kind
 from pathlift.verify import Applied, Outputs, compared, moved_buffers, outputs, taken_back
 
 
+@apart
 def condition_(
     model: nn.Module,
     example_inputs: object,
@@ -104,126 +103,15 @@ def condition_(
     >>> report = pathlift.condition_(model, x)
     >>> report.num_scales, report.imbalance_after < report.imbalance_before
     (32, True)
-    >>> torch.equal(model(x), before)
+    >>> torch.allclose(model(x), before, rtol=1e-5)
     True
     """
     chosen = as_criterion(criterion, reference)
     settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
-    return Conditioner(model, example_inputs, batch_norm=batch_norm).conditioned(settings)
-
-
-class Conditioner:
-    """A captured model and its group, to condition it many times at the cost of the solve.
-
-    Args:
-        model, example_inputs, batch_norm: see :func:`condition_`.
-
-    Raises:
-        ArgumentError, CaptureError: see :func:`condition_`.
-
-    >>> import pathlift, torch
-    >>> from torch import nn
-    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> x = torch.zeros(2, 4)
-    >>> conditioner = pathlift.Conditioner(model, x)
-    >>> first = conditioner.condition_(exact=False)
-    >>> again = conditioner.condition_(exact=False)  # no second capture, and nothing left to do
-    >>> abs(first.imbalance_after - again.imbalance_before) < 1e-6
-    True
-    """
-
-    def __init__(
-        self, model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
-    ) -> None:
-        seconds: dict[str, float] = {}
-        home = home_of(model)
-        self._take(home, understood(home, example_inputs, batch_norm, seconds), seconds)
-
-    def _take(self, home: ModuleHome, known: Understood, seconds: dict[str, float]) -> None:
-        self._home, self._known, self._seconds = home, known, seconds
-        self.model, self.group, self.batch_norm = home.model, known.group, known.batch_norm
-        # As it was captured: on another day its modes and attributes may be others.
-        self._like = likeness(home.structure, known.program.folded)
-
-    def on(self, model: nn.Module) -> Conditioner:
-        """A conditioner of another model of the same architecture, without capturing it.
-
-        For seeds, folds and sweeps: the operations are those of the captured model, the weights and
-        the running statistics are the other's. Compared are classes and their forward methods,
-        attributes, modes, names, shapes, dtypes, devices, what is tied and what requires a
-        gradient, and the values of buffers that the operations depend on (index tables, masks). Not
-        seen are globals, and the code of what forward calls; verification runs the model as always.
-
-        Raises:
-            ArgumentError: the model differs, and in what; or its parameters are sharded.
-
-        >>> import pathlift, torch
-        >>> from torch import nn
-        >>> def network():
-        ...     return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
-        >>> conditioner = pathlift.Conditioner(network(), torch.zeros(2, 4))
-        >>> for seed in range(3):
-        ...     report = conditioner.on(network()).condition_()
-        """
-        home, program = whole_home(model), self._known.program
-        check(home.model, self._like, program.folded)
-        return self._of(home, rebound(program, home.model), self.batch_norm)
-
-    def save(self, path: str | Path) -> None:
-        """Write what was captured to a ``.safetensors`` file; no weights, and no code.
-
-        Raises:
-            CheckpointError: example inputs or arguments that are no plain values, or the file can't
-                be written.
-        """
-        save(Path(path), self._known.program, self._like)
-
-    @classmethod
-    def load(cls, path: str | Path, model: nn.Module, *, batch_norm: str = "pinned") -> Conditioner:
-        """A conditioner of ``model`` from a file that :meth:`save` has written.
-
-        Raises:
-            CheckpointError: not such a file, or of another version of torch, Python or pathlift.
-            ArgumentError: the model is not like the captured one; see :meth:`on`.
-        """
-        home = whole_home(model)
-        return cls._of(home, load(Path(path), home.model), batch_norm)
-
-    @classmethod
-    def _of(cls, home: ModuleHome, program: Program, batch_norm: str) -> Conditioner:
-        made = cls.__new__(cls)
-        seconds: dict[str, float] = {}
-        with timed(seconds, "symmetry"):
-            group = infer_group(program, batch_norm)
-        made._take(home, Understood(home, program, group, batch_norm), seconds)
-        return made
-
-    def condition_(
-        self,
-        *,
-        criterion: str | Criterion | Mapping[str, Tensor] = "path-kernel",
-        exact: bool | None = None,
-        optimizer: Optimizers = None,
-        solver: str = "newton",
-        tol: float | None = None,
-        verify: bool = True,
-        on_nothing: str = "warn",
-        reference: Mapping[str, Tensor] | None = None,
-    ) -> ConditioningReport:
-        """Condition the model as it is now; arguments, report and errors as :func:`condition_`.
-
-        The report's seconds of capture and symmetry stand in the first report only.
-        """
-        chosen = as_criterion(criterion, reference)
-        settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
-        return self.conditioned(settings)
-
-    def conditioned(self, settings: Settings) -> ConditioningReport:
-        """:meth:`condition_` with its arguments as one object."""
-        self._home.refresh()
-        self.group.check_tensors(self._home.tensors())
-        seconds, self._seconds = self._seconds, {}
-        return condition_home(self._known, settings, seconds)
+    home, seconds = home_of(model), dict[str, float]()
+    known = understood(home, example_inputs, batch_norm, seconds)
+    home.refresh()
+    return condition_home(known, settings, seconds)
 
 
 @dataclass(frozen=True)
@@ -247,7 +135,7 @@ def understood(
     return Understood(home, program, group, batch_norm)
 
 
-@uncollected()
+@uncollected
 def condition_home(
     known: Understood, settings: Settings, seconds: dict[str, float]
 ) -> ConditioningReport:
@@ -260,16 +148,8 @@ def condition_home(
     """
     home, program, group = known.home, known.program, known.group
     seconds = {"capture": 0.0, "symmetry": 0.0} | seconds
-    with timed(seconds, "criterion"):
-        extents = finite_extents(home, program, group)
-        room = variance_room(program) if known.batch_norm == "invariant" else {}
-        lower, upper = extent_bounds(group, extents, room)
-        assembled, approximated = assemble_from(
-            group, settings.criterion, program, lower=lower, upper=upper, store=home.store
-        )
-        announce(nothing(group, assembled), settings.on_nothing)
-    with timed(seconds, "solve"):
-        solution = solve(assembled.operator, settings.solver, settings.tol)
+    found = solved(known, settings, seconds)
+    assembled, solution, extents = found.assembled, found.solution, found.extents
     with timed(seconds, "verify"):
         moved = moved_buffers(group, program)
         before = outputs(home, program, moved) if settings.verify else None
@@ -282,7 +162,10 @@ def condition_home(
 
     def apply(how: Rounding) -> Applied:
         with timed(seconds, "solve"):
-            scales = home.agree(scales_to_apply(assembled.operator, solution, how.exact))
+            scales = solution.log2_scales
+            if not settings.canonical:
+                scales = scales_to_apply(assembled.operator, solution, how.exact)
+            scales = home.agree(scales)
         with timed(seconds, "apply"):
             undo = home.multiply_(group.factors(scales), extents, settings.optimizer)
         pinned = known.batch_norm == "pinned"
@@ -291,9 +174,9 @@ def condition_home(
         return Applied(home, program, group, scales, undo, how.exact and pinned, slack)
 
     how, made, change = kept(how, apply, before, seconds)
-    behind = behind_stand_ins(program, approximated)
-    warned = cautions(group, program, assembled, solution, made.scales, behind)
-    report = summarised(group, assembled, solution, made.scales, approximated, change, seconds)
+    behind = behind_stand_ins(program, found.approximated)
+    warned = cautions(group, program, assembled, solution, made.scales, behind, settings.canonical)
+    report = summarised(group, found, made.scales, change, seconds)
     return replace(
         report,
         warnings=warned,
@@ -301,6 +184,48 @@ def condition_home(
         rounding=str(how),
         advice=_advice(known, settings, how, report, assembled.imbalance(solution.log2_scales)),
     )
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The optimum of a criterion, and what it was found from.
+
+    Attributes:
+        extents: the magnitudes of what moves.
+        approximated: operations a stand-in was used for, with counts.
+    """
+
+    assembled: Assembled
+    solution: Solution
+    extents: dict[str, Extent]
+    approximated: dict[str, int]
+
+
+def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> Solved:
+    """Coefficients and the continuous optimum; nothing is changed. See :func:`condition_home`."""
+    home, program, group = known.home, known.program, known.group
+    with timed(seconds, "criterion"):
+        extents = finite_extents(home, program, group)
+        room = variance_room(program) if known.batch_norm == "invariant" else {}
+        lower, upper = extent_bounds(group, extents, room)
+        assembled, approximated = assemble_from(
+            group,
+            settings.criterion,
+            program,
+            lower=lower,
+            upper=upper,
+            store=home.store,
+            frozen_count=settings.canonical,
+        )
+        announce(nothing(group, assembled), settings.on_nothing)
+        if settings.canonical and len(assembled.dead):
+            place = level_scales(
+                group, lambda n: program.buffers[n] if n in program.buffers else program.value(n)
+            )
+            assembled = assembled.with_dead_at(np.clip(place, lower, upper))
+    with timed(seconds, "solve"):
+        solution = solve(assembled.operator, settings.solver, settings.tol)
+    return Solved(assembled, solution, extents, approximated)
 
 
 def kept(
@@ -372,14 +297,13 @@ def scales_to_apply(operator: Operator, solution: Solution, exact: bool) -> NDAr
 
 def summarised(
     group: RescalingGroup,
-    assembled: Assembled,
-    solution: Solution,
+    found: Solved,
     scales: NDArray[Any],
-    approximated: dict[str, int],
     change: float | None,
     seconds: dict[str, float],
 ) -> ConditioningReport:
     """The report of scales that were applied."""
+    assembled, solution = found.assembled, found.solution
     return ConditioningReport(
         num_scales=group.num_scales,
         num_parameters=assembled.problem.count,
@@ -392,7 +316,7 @@ def summarised(
         log2_scales=torch.from_numpy(scales),
         max_output_change=change,
         unsupported=group.unsupported,
-        approximated=approximated,
+        approximated=found.approximated,
         seconds=seconds,
         passes=solution.passes,
         reduced_bytes=sum(b.matrix.nbytes for b in assembled.problem.blocks),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from pathlift.criteria import Criterion
 from pathlift.errors import ArgumentError
-from pathlift.tensors.state import Optimizers
+from pathlift.tensors.state import Optimizers, optimizers_of
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What :func:`pathlift.condition_` is asked for; ``midway``: training is known to have begun.
+    """What :func:`pathlift.condition_` is asked for, checked.
+
+    ``midway``: training is known to have begun. ``canonical``: what is wanted is one point per
+    orbit, so frozen parameters count and dead scales take a place of their own.
 
     Raises:
         ArgumentError: a wrong type or value.
@@ -27,6 +28,7 @@ class Settings:
     verify: bool = True
     on_nothing: str = "warn"
     midway: bool = False
+    canonical: bool = False
 
     def __post_init__(self) -> None:
         flags: dict[str, object] = {"verify": self.verify}
@@ -42,10 +44,4 @@ class Settings:
         tol: object = 0.5 if self.tol is None else self.tol
         if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
             raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
-        several = self.optimizer if isinstance(self.optimizer, (list, tuple)) else [self.optimizer]
-        for one in several:
-            if one is not None and not isinstance(one, torch.optim.Optimizer):
-                raise ArgumentError(
-                    f"optimizer must be a torch.optim.Optimizer, a list of them or None; "
-                    f"found {type(one).__name__}."
-                )
+        optimizers_of(self.optimizer)

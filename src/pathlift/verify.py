@@ -19,11 +19,12 @@ from torch.utils import _pytree as pytree
 
 from pathlift.blame import explained, smallest
 from pathlift.capture.inputs import tensors_in
-from pathlift.capture.names import attributes, plain_arithmetic
+from pathlift.capture.names import attributes
 from pathlift.capture.program import Inputs, Program, symbols_in
 from pathlift.errors import RangeError, VerificationError
 from pathlift.homes.home import Home
 from pathlift.homes.snapshot import Snapshot
+from pathlift.surroundings import callers_device, plain_arithmetic
 from pathlift.symmetry.group import RescalingGroup
 from pathlift.tensors.rescale import Undo
 
@@ -130,7 +131,8 @@ def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
             Tensor, lambda t: t.detach().clone(), (one.args, one.kwargs)
         )
         try:
-            return model(*args, **kwargs)
+            with callers_device():
+                return model(*args, **kwargs)
         except Exception as error:
             if k or inputs is instead:
                 raise VerificationError(

@@ -200,6 +200,12 @@ def hooked_tensor(self: Any, x: Tensor) -> Tensor:
     return self.second(h)
 
 
+def collects(self: Any, x: Tensor) -> Tensor:
+    self.results = []
+    self.results.append(self.hidden(x))
+    return self.second(torch.relu(self.second(self.hidden(x)) @ self.second.weight))
+
+
 def other_type(self: Any, x: Tensor) -> Tensor:
     torch.set_default_dtype(torch.float64)
     return self.second(self.hidden(x))
@@ -226,6 +232,7 @@ FORWARDS: dict[str, Forward] = {
         m.hidden(x).clamp(max=0.1) if m.hidden(x).requires_grad else m.hidden(x)
     ),
     "hooks a tensor": hooked_tensor,
+    "collects tensors in a list": collects,
     "counts in a closure": counted_in_a_closure(),
     "counts in a default": counted_in_a_default,
     "counts in an attribute of a function": counted_in_an_attribute,
@@ -338,7 +345,13 @@ def test_a_forward_keeps_its_function_or_is_refused(name: str) -> None:
 
 
 # What must not be given up.
-MOVES = ("a copy of a layer", "inference mode", "hooks a tensor", "looks at the grad mode")
+MOVES = (
+    "collects tensors in a list",
+    "a copy of a layer",
+    "inference mode",
+    "hooks a tensor",
+    "looks at the grad mode",
+)
 
 
 @pytest.mark.parametrize("name", MOVES)

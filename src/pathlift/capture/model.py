@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from pathlift import operations
 from pathlift.capture.fakes import Fakes
 from pathlift.capture.inputs import as_inputs, doubled, tensors_in
-from pathlift.capture.names import attributes, check_model, named_tensors, plain_arithmetic
+from pathlift.capture.names import attributes, check_model, named_tensors
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.reads import Reads
 from pathlift.capture.record import Recorder, graph_of, module_paths
@@ -31,12 +31,13 @@ from pathlift.capture.witness import Witness, uncompiled
 from pathlift.collector import uncollected
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
+from pathlift.surroundings import callers_device, plain_arithmetic
 
 # Modules are changed while they are recorded, and torch's modes are global.
 LOCK = threading.RLock()
 
 
-@uncollected()
+@uncollected
 def capture(model: nn.Module, example_inputs: object, source: Source | None = None) -> Program:
     """Record the operations of ``model`` on ``example_inputs``, in both modes.
 
@@ -158,7 +159,7 @@ class _Session:
             try:
                 self.set_mode(mode)
                 copied = _copied(inputs)
-                with torch.no_grad(), plain_arithmetic():
+                with torch.no_grad(), plain_arithmetic(), callers_device():
                     self.model(*copied.args, **copied.kwargs)
                 return inputs, None
             except Exception as error:
@@ -324,6 +325,7 @@ def _below_autograd(gradients: bool = False) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     level = _functorch_level()
     with ExitStack() as stack:
+        stack.enter_context(callers_device())
         stack.enter_context(uncompiled())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pathlift.errors import ArgumentError, CaptureError
 from pathlift.tensors.shards import local_part
@@ -79,13 +80,6 @@ def _collect(name: str, value: Any, found: dict[str, Tensor], depth: int) -> Non
             _collect(f"{name}[{k}]", one, found, depth - 1)
 
 
-@contextmanager
-def plain_arithmetic() -> Iterator[None]:
-    """The types that the model itself computes in, whatever autocast the caller is in."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
-
 def check_model(model: object, meta: bool = False) -> nn.Module:
     """Raise unless ``model`` is a module with real, initialised, separately stored parameters.
 
@@ -113,6 +107,16 @@ def check_model(model: object, meta: bool = False) -> nn.Module:
             raise CaptureError(
                 f"'{name}' is on the meta device and holds no values. Materialise the model "
                 f"(model.to_empty(device=...) and load or initialise weights), then call again."
+            )
+        if isinstance(tensor, FakeTensor) and not meta:
+            raise CaptureError(
+                f"'{name}' is a fake tensor and holds no values. Make the model outside "
+                f"FakeTensorMode, then call again."
+            )
+        if tensor.is_inference() and name in parameters:
+            raise CaptureError(
+                f"'{name}' was made in inference mode, outside of which it can't be written. Make "
+                f"the model outside torch.inference_mode(), then call again."
             )
         if tensor.layout != torch.strided:
             raise CaptureError(

@@ -34,6 +34,11 @@ _KNOWN = (
         "Compute in the thread that calls the model",
     ),
     (
+        r"__torch__\.torch\.classes",
+        "it computes with objects of PyTorch's own in place of tensors (packed, quantised weights)",
+        "Condition the model before it is quantised",
+    ),
+    (
         r"passed to FakeTensor.__format__",
         "it writes the value of a tensor into a text",
         "Leave that out, or write the tensor's shape",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pathlift import __version__
-from pathlift.cli import advise, compare, condition, demo, inspect, norms, reproduce
+from pathlift.cli import advise, compare, condition, demo, distance, inspect, norms, reproduce
 from pathlift.cli.exits import DONE, EXPLAINED, PIPE, code, sentence
 from pathlift.cli.parser import Parser
 from pathlift.cli.quiet import quiet
@@ -22,6 +22,7 @@ COMMANDS = {
     "advise": advise,
     "condition": condition,
     "norms": norms,
+    "distance": distance,
     "demo": demo,
     "compare": compare,
     "reproduce": reproduce,

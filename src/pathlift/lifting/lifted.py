@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pathlift import operations
-from pathlift.capture.names import plain_arithmetic
 from pathlift.capture.program import Call, Graph, Program, Symbol, call, symbols_in
 from pathlift.capture.walk import walk
 from pathlift.collector import uncollected
@@ -29,6 +28,7 @@ from pathlift.lifting.parameters import DroppedParameters, KeptParameters, resca
 from pathlift.lifting.samples import Statistics
 from pathlift.lifting.values import Lifted, Squares
 from pathlift.operations.table import TABLE, NoPaths, Operation, Undescribed, described
+from pathlift.surroundings import plain_arithmetic
 from pathlift.tensors.product import Product, dense
 
 assert operations  # importing the package fills the table
@@ -56,7 +56,7 @@ class LiftedPass:
 
 
 @plain_arithmetic()
-@uncollected()
+@uncollected
 def lifted_pass(
     program: Program,
     training: bool,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pathlift.capture.model import capture
 from pathlift.errors import ArgumentError, PathliftError
 from pathlift.lifting.lifted import LiftedPass, diagonal, lifted_pass
+from pathlift.surroundings import apart
 
 
 class PathNorm:
@@ -41,17 +42,20 @@ class PathNorm:
     0.3
     """
 
+    @apart
     def __init__(self, model: nn.Module, example_inputs: object, p: float = 1) -> None:
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not 1 <= p < math.inf:
             raise ArgumentError(f"p must be a finite number of at least 1; found {p!r}.")
         self.p = p
         self._program = capture(model, example_inputs)
 
+    @apart
     def __call__(self) -> Tensor:
         """``||Phi||_p``, a float64 scalar, differentiable in the model's parameters."""
         result = self._run()
         return self._root(result.total, result.shift)
 
+    @apart
     def per_output(self) -> list[Tensor]:
         """The norm over the paths that end at each output coordinate.
 
@@ -83,6 +87,7 @@ def path_norm(
 ) -> Tensor: ...
 
 
+@apart
 def path_norm(
     model: nn.Module, example_inputs: object, p: float = 1, differentiable: bool = False
 ) -> float | Tensor:
@@ -128,6 +133,7 @@ def path_norm(
     return float(2.0**log2) if log2 < 1024 else math.inf
 
 
+@apart
 def path_magnitude(model: nn.Module, example_inputs: object, p: float = 1) -> dict[str, Tensor]:
     """What each parameter entry carries of ``||Phi||_p^p``: its rescaling-invariant magnitude.
 
@@ -167,6 +173,7 @@ def path_magnitude(model: nn.Module, example_inputs: object, p: float = 1) -> di
     }
 
 
+@apart
 def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, Tensor]:
     """The diagonal of ``G = dPhi^T dPhi``: ``g_i = sum_paths (dPhi_path / dtheta_i)^2``.
 

@@ -18,11 +18,11 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from pathlift.capture.inputs import tensors_in
-from pathlift.capture.names import plain_arithmetic
 from pathlift.capture.program import Inputs, Program
 from pathlift.errors import ArgumentError
 from pathlift.homes.snapshot import Snapshot
 from pathlift.quantization.layers import Convolution, weights
+from pathlift.surroundings import plain_arithmetic
 
 # Samples of the example inputs that sensitivities are averaged over.
 SAMPLES = 8

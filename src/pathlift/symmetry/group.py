@@ -20,6 +20,7 @@ from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Program
 from pathlift.collector import uncollected
 from pathlift.errors import ArgumentError
+from pathlift.surroundings import apart
 from pathlift.symmetry.equations import Equations
 from pathlift.symmetry.inference import Inference
 from pathlift.symmetry.scales import axis_components, collapse, distinct, varying
@@ -287,6 +288,7 @@ class RescalingGroup:
         return self.parameters[name]
 
 
+@apart
 def rescaling_group(
     model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
 ) -> RescalingGroup:
@@ -315,7 +317,7 @@ def rescaling_group(
     return infer_group(capture(model, example_inputs), batch_norm)
 
 
-@uncollected()
+@uncollected
 def infer_group(program: Program, batch_norm: str = "pinned") -> RescalingGroup:
     """The group of a captured program: inference, then a basis of the solutions."""
     if batch_norm not in ("pinned", "invariant"):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pathlift.condition import Conditioner, condition_
+from pathlift.condition import condition_
+from pathlift.conditioner import Conditioner
 from pathlift.criteria import as_criterion
 from pathlift.errors import ArgumentError
 from pathlift.report import ConditioningReport
