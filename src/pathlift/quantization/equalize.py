@@ -72,9 +72,10 @@ def equalize_(
     moved from a layer's bias into the next ones' (:mod:`pathlift.absorption`).
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode, the only one that is looked at: what runs in training mode alone
+            (auxiliary heads) is not rescaled with the rest.
         example_inputs: one batch as forward takes it. Its values matter: sensitivities are measured
-            on its first 8 samples, and a few typical ones are enough.
+            on its first 4 samples, and a few typical ones are enough.
         fold: fold batch norms.
         biases: ``"shrink"`` or ``"ignore"``. Biases are not quantised, but a layer's output ranges
             over its bias at least. ``"shrink"`` counts, for each quantised layer, the error of
@@ -114,15 +115,9 @@ def equalize_(
         raise ArgumentError("activations is empty; pass at least one batch, or None.")
     seconds: dict[str, float] = {}
     with timed(seconds, "capture"):
-        program = capture(model, as_inputs_of(example_inputs))
+        program = capture(model, example_inputs, both=False)
     with _restored_on_failure(model):
         return _equalized(model, program, batches, asked, seconds)
-
-
-def as_inputs_of(example_inputs: object) -> object:
-    """The inputs, checked before anything is done with them."""
-    as_inputs(example_inputs)
-    return example_inputs
 
 
 @dataclass(frozen=True)

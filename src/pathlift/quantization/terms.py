@@ -38,7 +38,7 @@ class Term:
     Attributes:
         name: of the tensor (of an activation: of the weight that reads it).
         kind: ``"weight"``, ``"bias"`` or ``"activation"``.
-        size: ``(R, C)`` largest magnitudes of entries with equal scales, float64.
+        logs: ``(R, C)`` log2 of the largest magnitudes of entries with equal scales, float64.
         rows, columns: ``(R, H)`` and ``(C, H)``, their exponents in the free scales.
         by_row, by_column: ``(R,)`` and ``(C,)``: sums of G along the other axis. G itself is taken
             for their product over the total, as where errors of inputs and outputs are independent.
@@ -50,7 +50,7 @@ class Term:
 
     name: str
     kind: str
-    size: Array
+    logs: Array
     rows: sparse.csr_array
     columns: sparse.csr_array
     by_row: Array
@@ -102,7 +102,7 @@ def term(
     return Term(
         name=spec.name,
         kind=kind,
-        size=maxima.numpy(),
+        logs=torch.log2(maxima).numpy(),
         rows=forms[0],
         columns=forms[1],
         by_row=_positive(row),
