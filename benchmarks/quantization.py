@@ -1,4 +1,4 @@
-"""Quantisation after equalization: this library beside Brevitas and AIMET; writes docs/quantization.json.
+"""Quantisation after equalization: this library beside Brevitas and AIMET.
 
     python benchmarks/quantization.py                        # all networks, 5 seeds, trained nets
     python benchmarks/quantization.py --networks resnet18 --seeds 1 --json /tmp/now.json
@@ -8,11 +8,11 @@ Brevitas and AIMET are no part of the package. They are compared where they can 
 environment of their own: `pip install brevitas aimet-torch`.
 
 Every network has heavy-tailed weights (Student's t with 6 degrees of freedom, at the standard
-deviation of its own initialisation), batch norms with gamma = exp(0.3 n), beta = 0.3 n, mean 0.1 n and
-variance exp(0.5 n). The result of each tool is rounded by one and the same function
-(`pathlift.quantization.quantised`) and SQNR is measured on other inputs than the example's. Layers'
-inputs are quantised per tensor over their range on the example. Seconds are CPU seconds of the
-tool's call in this process.
+deviation of its own initialisation), batch norms with gamma = exp(0.3 n), beta = 0.3 n, mean 0.1 n
+and variance exp(0.5 n). The result of each tool is rounded by one and the same function
+(`pathlift.quantization.quantised`) and SQNR is measured on other inputs than the example's.
+Layers' inputs are quantised per tensor over their range on the example. Seconds are CPU seconds of
+the tool's call in this process.
 """
 
 from __future__ import annotations

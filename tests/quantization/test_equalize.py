@@ -119,8 +119,8 @@ def test_terms_against_their_definition(per: str) -> None:
             weight.shape[1], generator=generator
         )
         g = g.reshape(*g.shape, *(1,) * (weight.dim() - 2)).expand(weight.shape).clone()
-        floor, axis = FORMATS["int8"].floor, 0 if per == "channel" else None
-        one = term(group, group.parameters[name], "weight", weight, g, floor, axis=axis)
+        axis = 0 if per == "channel" else None
+        one = term(group, group.parameters[name], "weight", weight, g, steps=127, axis=axis)
         found = Errors([one], group.num_scales).total(scales.numpy())
         shift = sum(moved.get(name, []), torch.zeros(()))
         expected = by_definition(weight, g, shift.expand(weight.shape), 127.0, per)
@@ -136,7 +136,7 @@ def test_gradient_of_the_smoothed_sum() -> None:
     found = measure(model, program, names, []).sensitivity
     for axis in (None, 0):
         terms = [
-            term(group, group.parameters[n], "weight", program.parameters[n], g, 1.0, axis=axis)
+            term(group, group.parameters[n], "weight", program.parameters[n], g, steps=1, axis=axis)
             for n, g in found.items()
         ]
         stage = _Stage(Errors(terms, group.num_scales), np.zeros(group.num_scales), 8.0)
@@ -270,7 +270,7 @@ def test_formats_round_to_their_values() -> None:
         torch.testing.assert_close(whole, whole.round())
         assert float((rounded - x).abs().max()) <= 0.5001 / steps
         variance = float((rounded - x).double().square().mean())
-        assert variance == pytest.approx(FORMATS[name].floor, rel=0.05)
+        assert variance == pytest.approx(1 / (12 * steps**2), rel=0.05)
     values = torch.exp(torch.linspace(-5, 0, 10001)).double()
     rounded = FORMATS["float8_e4m3"].rounded(values)
     relative = ((rounded - values) / values).square().mean()

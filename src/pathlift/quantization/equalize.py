@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,8 +25,14 @@ from pathlift.errors import ArgumentError, VerificationError, unknown
 from pathlift.homes.snapshot import Snapshot
 from pathlift.quantization.bounded import free_relu6_
 from pathlift.quantization.formats import Format, format_of
-from pathlift.quantization.layers import Convolution, channel_axis, checked_target, weights
-from pathlift.quantization.measure import Measured, measure, run
+from pathlift.quantization.layers import (
+    Convolution,
+    channel_axis,
+    checked_target,
+    rounded_weights,
+    weights,
+)
+from pathlift.quantization.measure import Measured, measure, run, squared_error
 from pathlift.quantization.objective import Errors
 from pathlift.quantization.report import EqualizationReport, LayerRow, Spread, spread_of
 from pathlift.quantization.terms import Term, input_scales, term
@@ -43,6 +50,9 @@ _RELU6 = ("keep", "relu", "per-channel")
 _SLACK = 100.0
 # Absorbing biases may cost this part of the quantisation's own error, else it is taken back.
 _ABSORBED = 0.1
+# From this many steps on hardly an entry becomes 0; below, rounds of the search.
+_FINE = 50.0
+_ROUNDS = 3
 
 
 def equalize_(
@@ -171,9 +181,11 @@ def _equalized(
     with timed(seconds, "measure"):
         names = _names(model, group)
         measured = measure(model, program, names, batches)
-        errors = Errors(_terms(model, group, measured, asked), group.num_scales)
     with timed(seconds, "solve"):
-        scales, evaluations = _scales(program, group, errors)
+        search = _Search(model, program, group, measured, asked)
+        scales = search.least(*_bounds(program, group), before)
+        first, last = (search.errors(s) for s in (np.zeros_like(scales), scales))
+        each = first.each(np.zeros_like(scales)), last.each(scales)
     spreads = {n: spread_of(p, channel_axis(m)) for n, m, p in weights(model)}
     with timed(seconds, "apply"):
         rescale_({**program.buffers, **program.parameters}, group.factors(scales))
@@ -181,7 +193,7 @@ def _equalized(
         after = run(model, program.inputs)
         change = _checked_change(before, after)
     with timed(seconds, "absorb"):
-        noise = errors.total(scales) / max(measured.power, 1e-300)
+        noise = float(each[1].sum()) / max(measured.power, 1e-300)
         moved = rescaled_statistics(folded, group, torch.from_numpy(scales))
         absorbed, change_absorbed = 0, 0.0
         if asked.absorb and moved:
@@ -189,13 +201,14 @@ def _equalized(
     return _report(
         model=model,
         asked=asked,
-        errors=errors,
+        terms=first.terms,
+        each=each,
         scales=scales,
         power=measured.power,
         spreads=spreads,
         counts=(len(folded), replaced, absorbed),
         changes=(change, change_absorbed, change_relu6),
-        evaluations=evaluations,
+        evaluations=search.evaluations,
         seconds=seconds,
     )
 
@@ -211,54 +224,118 @@ def _names(model: nn.Module, group: RescalingGroup) -> list[str]:
 
 
 def _terms(
-    model: nn.Module, group: RescalingGroup, measured: Measured, asked: _Asked
+    model: nn.Module,
+    group: RescalingGroup,
+    measured: Measured,
+    asked: _Asked,
+    scales: Array | None = None,
 ) -> list[Term]:
-    """One term per weight, and per bias or layer's input where they count."""
+    """One term per weight, and per bias or layer's input where they count.
+
+    ``scales``: those at which entries are looked for that become 0.
+    """
     found = []
-    weigh, rouse = (
-        (1.0, 0.0)
-        if not measured.inputs
-        else (
-            2.0 * (1.0 - asked.strength),
-            2.0 * asked.strength,
-        )
-    )
-    floor, relative = asked.format.floor, asked.format.relative
+    both = bool(measured.inputs)
+    weigh = 2.0 * (1.0 - asked.strength) if both else 1.0
+    steps, relative = asked.format.steps, asked.format.relative
     # Activations are not symmetric: twice as many steps over largest minus smallest.
-    steps = 1.0 / (12.0 * (2.0 * asked.format.steps + 1.0) ** 2)
+    plain = 2.0 * steps + 1.0
+    factors = None if scales is None else group.factors(scales)
     for name, module, parameter in weights(model):
         if name not in measured.sensitivity:
             continue
         spec, sensitivity = group.parameters[name], measured.sensitivity[name]
         axis = channel_axis(module) if asked.per == "channel" else None
         if weigh:
-            found.append(
-                term(group, spec, "weight", parameter, sensitivity, weigh * floor, relative, axis)
+            one = term(
+                group,
+                spec,
+                "weight",
+                parameter,
+                sensitivity,
+                steps=steps,
+                factor=weigh,
+                relative=relative,
+                axis=axis,
+                moved=None if factors is None else factors.get(name, ()),
             )
+            found.append(one)
         bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
-        if bias in measured.sensitivity and not measured.inputs and asked.biases == "shrink":
+        if bias in measured.sensitivity and not both and asked.biases == "shrink":
             values, matters = module._parameters["bias"], measured.sensitivity[bias]
             assert values is not None
-            found.append(term(group, group.parameters[bias], "bias", values, matters, steps))
-        if name in measured.inputs and rouse:
+            spec = group.parameters[bias]
+            found.append(term(group, spec, "bias", values, matters, steps=plain))
+        if name in measured.inputs and asked.strength:
             groups = module.groups if isinstance(module, Convolution) else 1
-            inner = None if axis == 1 else input_scales(spec, groups)
+            inner = None if channel_axis(module) == 1 else input_scales(spec, groups)
             if inner is not None:
                 matters, span = measured.inputs[name]
-                found.append(term(group, inner, "activation", span, matters, rouse * steps))
+                rouse = 2.0 * asked.strength
+                found.append(
+                    term(group, inner, "activation", span, matters, steps=plain, factor=rouse)
+                )
     return found
 
 
-def _scales(program: Program, group: RescalingGroup, errors: Errors) -> tuple[Array, int]:
-    """The scales at which the error is least; none where that is not less than before."""
-    none = np.zeros(group.num_scales)
-    if not group.num_scales or not errors.terms:
-        return none, 0
+class _Search:
+    """The search for the scales of least error.
+
+    Few steps (int4) round many entries to 0, whose errors no longer depend on the step. Which
+    those are depends on the scales, so there the search goes on a few rounds, each with the
+    entries that become 0 at the last one's scales. Errors are then no longer small, and the
+    prediction is a guide only: of what the rounds have found, that is taken whose error, measured
+    on the example inputs, is least.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        program: Program,
+        group: RescalingGroup,
+        measured: Measured,
+        asked: _Asked,
+    ) -> None:
+        self.make = partial(_terms, model, group, measured, asked)
+        self.model, self.program, self.group, self.asked = model, program, group, asked
+        self.coarse = asked.format.steps < _FINE
+        self.evaluations = 0
+
+    def errors(self, scales: Array) -> Errors:
+        """The errors, with the entries that become 0 at these scales where steps are few."""
+        return Errors(self.make(scales if self.coarse else None), self.group.num_scales)
+
+    def least(self, lower: Array, upper: Array, exact: list[Tensor]) -> Array:
+        """The best scales found; 0 where none are better. ``exact``: outputs on the example."""
+        none = np.zeros(self.group.num_scales)
+        plain = Errors(self.make(None), self.group.num_scales)
+        if not plain.terms or not len(none):
+            return none
+        found, self.evaluations = plain.least(none, lower, upper)
+        if not self.coarse:
+            return found if plain.total(found) < plain.total(none) else none
+        candidates = [none, found]
+        for _ in range(_ROUNDS):
+            found, evaluations = self.errors(found).least(found, lower, upper)
+            self.evaluations += evaluations
+            candidates.append(found)
+        return min(candidates, key=lambda scales: self._measured(scales, exact))
+
+    def _measured(self, scales: Array, exact: list[Tensor]) -> float:
+        """Squared error of the outputs on the example, with weights rescaled and rounded."""
+        tensors = {**self.program.buffers, **self.program.parameters}
+        undo = rescale_(tensors, self.group.factors(scales))
+        try:
+            rounded = rounded_weights(self.model, self.asked.format, self.asked.per)
+            return squared_error(exact, run(self.model, self.program.inputs, rounded))
+        finally:
+            undo()
+
+
+def _bounds(program: Program, group: RescalingGroup) -> tuple[Array, Array]:
     tensors = {**program.buffers, **program.parameters}
     moving = {n: tensors[n] for n, spec in group.parameters.items() if spec.terms}
-    lower, upper = extent_bounds(group, extents(moving))
-    found, evaluations = errors.least(none, lower, upper)
-    return (found if errors.total(found) < errors.total(none) else none), evaluations
+    return extent_bounds(group, extents(moving))
 
 
 def _checked_change(before: list[Tensor], after: list[Tensor]) -> float:
@@ -301,7 +378,8 @@ def _report(
     *,
     model: nn.Module,
     asked: _Asked,
-    errors: Errors,
+    terms: Sequence[Term],
+    each: tuple[Array, Array],
     scales: Array,
     power: float,
     spreads: dict[str, Spread],
@@ -310,10 +388,10 @@ def _report(
     evaluations: int,
     seconds: dict[str, float],
 ) -> EqualizationReport:
-    first, last = errors.each(np.zeros_like(scales)), errors.each(scales)
-    counted = np.asarray([t.kind != "bias" for t in errors.terms], dtype=bool)
+    first, last = each
+    counted = np.asarray([t.kind != "bias" for t in terms], dtype=bool)
     rows = []
-    by_name = {t.name: k for k, t in enumerate(errors.terms) if t.kind == "weight"}
+    by_name = {t.name: k for k, t in enumerate(terms) if t.kind == "weight"}
     for name, module, parameter in weights(model):
         if name in by_name:
             k = by_name[name]

@@ -7,7 +7,7 @@ at the output gives ``(d u.out / d theta_i)^2``, whose expectation over u is tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,10 +57,22 @@ def _running(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(values)
 
 
-def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """The floating-point tensors that the model returns; the model is left as it was."""
+def run(
+    model: nn.Module, inputs: Inputs, instead: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """The floating-point tensors that the model returns; the model is left as it was.
+
+    ``instead``: values for some of its parameters.
+    """
     with torch.no_grad(), _running(model):
-        return [t.detach().clone() for t in _floats(model(*inputs.args, **inputs.kwargs))]
+        out = functional_call(model, dict(instead or {}), inputs.args, inputs.kwargs)
+        return [t.detach().clone() for t in _floats(out)]
+
+
+def squared_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Sum of squared differences."""
+    pairs = zip(exact, found, strict=True)
+    return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
 
 
 def _floats(out: Any) -> list[Tensor]:
