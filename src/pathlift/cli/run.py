@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pathlift import __version__
-from pathlift.cli import compare, condition, demo, inspect, norms, reproduce
+from pathlift.cli import compare, condition, demo, equalize, inspect, norms, reproduce
 from pathlift.cli.exits import DONE, EXPLAINED, PIPE, code, sentence
 from pathlift.cli.parser import Parser
 from pathlift.cli.quiet import quiet
@@ -20,6 +20,7 @@ from pathlift.text import fitted, width_of
 COMMANDS = {
     "inspect": inspect,
     "condition": condition,
+    "equalize": equalize,
     "norms": norms,
     "demo": demo,
     "compare": compare,

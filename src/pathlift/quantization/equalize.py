@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -21,38 +19,29 @@ from pathlift.capture.inputs import as_inputs
 from pathlift.capture.model import capture
 from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Inputs, Program
-from pathlift.errors import ArgumentError, VerificationError, unknown
+from pathlift.errors import ArgumentError, VerificationError
 from pathlift.homes.snapshot import Snapshot
 from pathlift.quantization.bounded import free_relu6_
-from pathlift.quantization.formats import Format, format_of
+from pathlift.quantization.formats import format_of
 from pathlift.quantization.layers import (
-    Convolution,
     channel_axis,
     checked_target,
-    rounded_weights,
     weights,
 )
-from pathlift.quantization.measure import Measured, measure, run, squared_error
-from pathlift.quantization.objective import Errors
+from pathlift.quantization.measure import measure, run
 from pathlift.quantization.report import EqualizationReport, LayerRow, Spread, spread_of
-from pathlift.quantization.terms import Term, input_scales, term
-from pathlift.solve.bounds import extent_bounds
+from pathlift.quantization.search import Asked, Search, bounds, names_of
+from pathlift.quantization.terms import Term
 from pathlift.solve.matrix import Array
-from pathlift.symmetry.group import RescalingGroup, infer_group
-from pathlift.tensors.extents import extents
+from pathlift.symmetry.group import infer_group
 from pathlift.tensors.rescale import rescale_
 from pathlift.timing import timed
 from pathlift.verify import excess, largest_change
 
-_BIASES = ("shrink", "ignore")
-_RELU6 = ("keep", "relu", "per-channel")
 # By how much folding and rescaling may exceed what rounding explains in a single operation.
 _SLACK = 100.0
 # Absorbing biases may cost this part of the quantisation's own error, else it is taken back.
 _ABSORBED = 0.1
-# From this many steps on hardly an entry becomes 0; below, rounds of the search.
-_FINE = 50.0
-_ROUNDS = 3
 
 
 def equalize_(
@@ -116,7 +105,7 @@ def equalize_(
 
     In every case of failure the model is as it was.
     """
-    asked = _Asked(fold, biases, relu6, strength, absorb, format_of(format), checked_target(per))
+    asked = Asked(fold, biases, relu6, strength, absorb, format_of(format), checked_target(per))
     model = check_model(model)
     if model.training:
         raise ArgumentError("the model is in training mode. Call model.eval() first.")
@@ -130,38 +119,11 @@ def equalize_(
         return _equalized(model, program, batches, asked, seconds)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The arguments of :func:`equalize_`, checked."""
-
-    fold: bool
-    biases: str
-    relu6: str
-    strength: float
-    absorb: bool
-    format: Format
-    per: str
-
-    def __post_init__(self) -> None:
-        flags: dict[str, object] = {"fold": self.fold, "absorb": self.absorb}
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
-        if self.biases not in _BIASES:
-            raise unknown("biases", self.biases, _BIASES)
-        if self.relu6 not in _RELU6:
-            raise unknown("relu6", self.relu6, _RELU6)
-        strength: object = self.strength
-        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-        if not number or not 0 <= self.strength <= 1:
-            raise ArgumentError(f"strength must be a number from 0 to 1; found {strength!r}.")
-
-
 def _equalized(
     model: nn.Module,
     program: Program,
     batches: Sequence[Inputs],
-    asked: _Asked,
+    asked: Asked,
     seconds: dict[str, float],
 ) -> EqualizationReport:
     with timed(seconds, "verify"):
@@ -179,11 +141,11 @@ def _equalized(
     with timed(seconds, "symmetry"):
         group = infer_group(program)
     with timed(seconds, "measure"):
-        names = _names(model, group)
+        names = names_of(model, group)
         measured = measure(model, program, names, batches)
     with timed(seconds, "solve"):
-        search = _Search(model, program, group, measured, asked)
-        scales = search.least(*_bounds(program, group), before)
+        search = Search(model, program, group, measured, asked)
+        scales = search.least(*bounds(program, group), before)
         first, last = (search.errors(s) for s in (np.zeros_like(scales), scales))
         each = first.each(np.zeros_like(scales)), last.each(scales)
     spreads = {n: spread_of(p, channel_axis(m)) for n, m, p in weights(model)}
@@ -211,131 +173,6 @@ def _equalized(
         evaluations=search.evaluations,
         seconds=seconds,
     )
-
-
-def _names(model: nn.Module, group: RescalingGroup) -> list[str]:
-    """The weights, and the biases beside them, that the captured model knows."""
-    found = []
-    for name, module, _ in weights(model):
-        bias = name.rpartition(".")[0] + ".bias" if "." in name else "bias"
-        has_bias = isinstance(module._parameters.get("bias"), Tensor)
-        found += [n for n in (name, bias if has_bias else "") if n in group.parameters]
-    return list(dict.fromkeys(found))
-
-
-def _terms(
-    model: nn.Module,
-    group: RescalingGroup,
-    measured: Measured,
-    asked: _Asked,
-    scales: Array | None = None,
-) -> list[Term]:
-    """One term per weight, and per bias or layer's input where they count.
-
-    ``scales``: those at which entries are looked for that become 0.
-    """
-    found = []
-    both = bool(measured.inputs)
-    weigh = 2.0 * (1.0 - asked.strength) if both else 1.0
-    steps, relative = asked.format.steps, asked.format.relative
-    # Activations are not symmetric: twice as many steps over largest minus smallest.
-    plain = 2.0 * steps + 1.0
-    factors = None if scales is None else group.factors(scales)
-    for name, module, parameter in weights(model):
-        if name not in measured.sensitivity:
-            continue
-        spec, sensitivity = group.parameters[name], measured.sensitivity[name]
-        axis = channel_axis(module) if asked.per == "channel" else None
-        if weigh:
-            one = term(
-                group,
-                spec,
-                "weight",
-                parameter,
-                sensitivity,
-                steps=steps,
-                factor=weigh,
-                relative=relative,
-                axis=axis,
-                moved=None if factors is None else factors.get(name, ()),
-            )
-            found.append(one)
-        bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
-        if bias in measured.sensitivity and not both and asked.biases == "shrink":
-            values, matters = module._parameters["bias"], measured.sensitivity[bias]
-            assert values is not None
-            spec = group.parameters[bias]
-            found.append(term(group, spec, "bias", values, matters, steps=plain))
-        if name in measured.inputs and asked.strength:
-            groups = module.groups if isinstance(module, Convolution) else 1
-            inner = None if channel_axis(module) == 1 else input_scales(spec, groups)
-            if inner is not None:
-                matters, span = measured.inputs[name]
-                rouse = 2.0 * asked.strength
-                found.append(
-                    term(group, inner, "activation", span, matters, steps=plain, factor=rouse)
-                )
-    return found
-
-
-class _Search:
-    """The search for the scales of least error.
-
-    Few steps (int4) round many entries to 0, whose errors no longer depend on the step. Which
-    those are depends on the scales, so there the search goes on a few rounds, each with the
-    entries that become 0 at the last one's scales. Errors are then no longer small, and the
-    prediction is a guide only: of what the rounds have found, that is taken whose error, measured
-    on the example inputs, is least.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        program: Program,
-        group: RescalingGroup,
-        measured: Measured,
-        asked: _Asked,
-    ) -> None:
-        self.make = partial(_terms, model, group, measured, asked)
-        self.model, self.program, self.group, self.asked = model, program, group, asked
-        self.coarse = asked.format.steps < _FINE
-        self.evaluations = 0
-
-    def errors(self, scales: Array) -> Errors:
-        """The errors, with the entries that become 0 at these scales where steps are few."""
-        return Errors(self.make(scales if self.coarse else None), self.group.num_scales)
-
-    def least(self, lower: Array, upper: Array, exact: list[Tensor]) -> Array:
-        """The best scales found; 0 where none are better. ``exact``: outputs on the example."""
-        none = np.zeros(self.group.num_scales)
-        plain = Errors(self.make(None), self.group.num_scales)
-        if not plain.terms or not len(none):
-            return none
-        found, self.evaluations = plain.least(none, lower, upper)
-        if not self.coarse:
-            return found if plain.total(found) < plain.total(none) else none
-        candidates = [none, found]
-        for _ in range(_ROUNDS):
-            found, evaluations = self.errors(found).least(found, lower, upper)
-            self.evaluations += evaluations
-            candidates.append(found)
-        return min(candidates, key=lambda scales: self._measured(scales, exact))
-
-    def _measured(self, scales: Array, exact: list[Tensor]) -> float:
-        """Squared error of the outputs on the example, with weights rescaled and rounded."""
-        tensors = {**self.program.buffers, **self.program.parameters}
-        undo = rescale_(tensors, self.group.factors(scales))
-        try:
-            rounded = rounded_weights(self.model, self.asked.format, self.asked.per)
-            return squared_error(exact, run(self.model, self.program.inputs, rounded))
-        finally:
-            undo()
-
-
-def _bounds(program: Program, group: RescalingGroup) -> tuple[Array, Array]:
-    tensors = {**program.buffers, **program.parameters}
-    moving = {n: tensors[n] for n, spec in group.parameters.items() if spec.terms}
-    return extent_bounds(group, extents(moving))
 
 
 def _checked_change(before: list[Tensor], after: list[Tensor]) -> float:
@@ -377,7 +214,7 @@ def _absorbed(
 def _report(
     *,
     model: nn.Module,
-    asked: _Asked,
+    asked: Asked,
     terms: Sequence[Term],
     each: tuple[Array, Array],
     scales: Array,
