@@ -69,7 +69,7 @@ def fold_batch_norms_(model: nn.Module, example_inputs: object) -> Statistics:
             "batch norms can be folded in evaluation mode only, and the model is in training "
             "mode. Call model.eval() first."
         )
-    return fold_captured_(model, capture(model, example_inputs))[0]
+    return fold_captured_(model, capture(model, example_inputs, both=False))[0]
 
 
 def fold_captured_(model: nn.Module, program: Program) -> tuple[Statistics, Program]:
@@ -203,7 +203,7 @@ def absorb_biases_(
         raise ArgumentError(f"sigmas must be a number of at least 0; found {sigmas!r}.")
     if padding not in ("refuse", "ignore"):
         raise ArgumentError(f"padding must be 'refuse' or 'ignore'; found {padding!r}.")
-    return absorb_captured_(capture(model, example_inputs), statistics, sigmas, padding)
+    return absorb_captured_(capture(model, example_inputs, both=False), statistics, sigmas, padding)
 
 
 def absorb_captured_(

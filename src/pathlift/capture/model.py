@@ -35,7 +35,9 @@ from pathlift.surroundings import callers_device, plain_arithmetic
 LOCK = threading.RLock()
 
 
-def capture(model: nn.Module, example_inputs: object, source: Source | None = None) -> Program:
+def capture(
+    model: nn.Module, example_inputs: object, source: Source | None = None, *, both: bool = True
+) -> Program:
     """Record the operations of ``model`` on ``example_inputs``, in both modes.
 
     Args:
@@ -43,6 +45,7 @@ def capture(model: nn.Module, example_inputs: object, source: Source | None = No
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         source: where the values of parameters come from, if not from the model. Its parameters
             may then be on the meta device; no memory is taken for them.
+        both: False: in the model's own mode alone, for what is done in evaluation mode only.
 
     Raises:
         ArgumentError: ``model`` or ``example_inputs`` has the wrong type.
@@ -53,7 +56,7 @@ def capture(model: nn.Module, example_inputs: object, source: Source | None = No
     parameters, buffers, aliases = named_tensors(model)
     with LOCK, _quiet(), _fake_for_meta(model) as fake:
         before = Snapshot(model)
-        session = _Session(model, inputs, before, parameters, buffers, fake)
+        session = _Session(model, inputs, before, parameters, buffers, fake, both)
         try:
             with before:
                 graphs = tuple(session.graphs())
@@ -82,11 +85,13 @@ class _Session:
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         fake: Fakes,
+        both: bool,
     ) -> None:
         self.model, self.inputs, self.before, self.fake = model, inputs, before, fake
         self.name = type(model).__name__
         self.real = not any(p.is_meta for p in parameters.values())
         self.own = model.training
+        self.modes = [self.own, not self.own] if both else [self.own]
         self.floating = {n: p for n, p in parameters.items() if p.is_floating_point()}
         # Tensors of the inputs that no container shows: their values are not known.
         self.state = {id(t) for t in tensors_in((inputs.args, inputs.kwargs))}
@@ -102,14 +107,13 @@ class _Session:
 
     def graphs(self) -> list[Graph]:
         """One graph per mode and per call that differs from the first."""
-        modes = [self.own, not self.own]
         later: dict[bool, Snapshot] = {}
-        self.examples = dict.fromkeys(modes, self.inputs)
+        self.examples = dict.fromkeys(self.modes, self.inputs)
         if self.real:
-            for mode in modes:
+            for mode in self.modes:
                 self.examples[mode] = self._warm_up(mode, later)
         found: list[Graph] = []
-        for mode in modes:
+        for mode in self.modes:
             found += self._recorded(mode, self.examples[mode], later.get(mode))
         if self.stale:
             for graph, made in zip(found, self.made, strict=True):

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pathlift.capture.names import check_model
 from pathlift.errors import unknown
@@ -68,13 +68,17 @@ def quantised(model: nn.Module, format: str = "int8", per: str = "tensor") -> nn
     """
     chosen, target = format_of(format), checked_target(per)
     made = copy.deepcopy(check_model(model))
-    round_weights_(made, chosen, target)
+    parameters = dict(made.named_parameters())
+    with torch.no_grad():
+        for name, values in rounded_weights(made, chosen, target).items():
+            parameters[name].copy_(values)
     return made
 
 
-def round_weights_(model: nn.Module, format: Format, per: str) -> None:
-    """Round every weight in place."""
-    with torch.no_grad():
-        for _, module, parameter in weights(model):
-            axis = channel_axis(module) if per == "channel" else None
-            parameter.copy_(format.rounded(parameter, axis))
+def rounded_weights(model: nn.Module, format: Format, per: str) -> dict[str, Tensor]:
+    """Name -> values of every weight, rounded."""
+    found = {}
+    for name, module, parameter in weights(model):
+        axis = channel_axis(module) if per == "channel" else None
+        found[name] = format.rounded(parameter, axis)
+    return found
