@@ -1,7 +1,8 @@
 """When does conditioning help? One table of all settings that were measured, as JSON.
 
 A *gain* is the share by which a method's final training loss is below the baseline's: at each
-method's own best rate, at the baseline's best rate, and at the smallest rate of the grid.
+method's own best rate, at the baseline's best rate, for continuous scales at the rate nearest to
+that times the change of the largest stable rate, and at the smallest rate of the grid.
 """
 
 from __future__ import annotations
@@ -110,12 +111,14 @@ def entry(setting: Setting, cell: Cell, factor: float) -> dict[str, Any]:
         "imbalance_before": float(base.imbalance.mean()),
         "stable_rate_factor": factor,
         "baseline_rate": rate_of(setting, NONE),
-        "methods": {n: _method(setting, n) for n in setting.runs if n != NONE},
+        "methods": {n: _method(setting, n, factor) for n in setting.runs if n != NONE},
     }
 
 
-def _method(setting: Setting, name: str) -> dict[str, Any]:
+def _method(setting: Setting, name: str, factor: float) -> dict[str, Any]:
     base = setting.rates.index(rate_of(setting, NONE))
+    # The grid's rate where the step is as far from diverging as the baseline's at its best.
+    matched = min(setting.rates, key=lambda r: abs(math.log(r / setting.rates[base] / factor)))
     every = range(len(setting.rates))
     own = rate_of(setting, name)
     return {
@@ -125,6 +128,11 @@ def _method(setting: Setting, name: str) -> dict[str, Any]:
         "rate_ratio": own / rate_of(setting, NONE),
         "own_best_rates": _gain(setting, name, every),
         "baseline_best_rate": _gain(setting, name, [base]),
+        **(
+            {"matched_rate": _gain(setting, name, [setting.rates.index(matched)])}
+            if name == CONTINUOUS
+            else {}
+        ),
         "smallest_rate": _gain(setting, name, [0]),
     }
 
@@ -167,6 +175,7 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
             "best rate / baseline's",
             "gain, own best rates",
             "at the baseline's best",
+            "at that times the stable ratio",
         ),
         "at the smallest rate",
     )
@@ -174,13 +183,16 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
     for e in entries:
         network = e["architecture"] + (", batch norm" if e["batch_norm"] else "")
         for m in e["methods"].values():
-            gains = [m[k] for k in ("own_best_rates", "baseline_best_rate", "smallest_rate")]
+            gains = [
+                _shown(m[k]) if k in m else ""
+                for k in ("own_best_rates", "baseline_best_rate", "matched_rate", "smallest_rate")
+            ]
             imbalance = f"{e['imbalance_before']:.3f} → {m['imbalance_after']:.3f}"
             front = (network, e["data"], e["optimizer"], str(e["seeds"]))
             about = (f"{e['width_ratio']:g}", m["label"], imbalance)
             stable = f"{e['stable_rate_factor']:.2g}" if m["label"] == LABELS[CONTINUOUS] else ""
             rates = (stable, f"{m['rate_ratio']:.2g}")
-            lines.append((*front, *about, *rates, *map(_shown, gains)))
+            lines.append((*front, *about, *rates, *gains))
     return Table(head, lines)
 
 
