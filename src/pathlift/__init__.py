@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         training,
     )
     from pathlift.advice import Advice, advise
-    from pathlift.condition import Conditioner, condition_
+    from pathlift.condition import condition_
+    from pathlift.conditioner import Conditioner
     from pathlift.errors import (
         ArgumentError,
         CaptureError,
@@ -80,7 +81,8 @@ __all__ = [
 _HOMES = {
     # Not in a module "advise", which would take the function's place when imported.
     "advice": ("Advice", "advise"),
-    "condition": ("Conditioner", "condition_"),
+    "condition": ("condition_",),
+    "conditioner": ("Conditioner",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "lifting.metrics": (
         "PathNorm",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathlift.condition import Conditioner
+from pathlift.conditioner import Conditioner
 from pathlift.curvature import Curvature, Loss, curvature
 from pathlift.errors import ArgumentError
 from pathlift.verdict import LIKELY, Facts, facts_of, judged, optimizer_kind

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
 from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
+from pathlift.collector import uncollected
 from pathlift.criteria import Criterion, as_criterion, path_kernel
 from pathlift.errors import ArgumentError
 from pathlift.homes.home import Home
@@ -21,6 +22,7 @@ from pathlift.homes.sharded import home_of
 from pathlift.lifting.samples import variance_room
 from pathlift.report import ConditioningReport, moves_of
 from pathlift.rounding import Rounding, instead, rounding
+from pathlift.settings import Settings
 from pathlift.solve import Operator, Solution, round_scales, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
@@ -28,12 +30,13 @@ from pathlift.solve.levels import level_scales
 from pathlift.surroundings import apart
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
-from pathlift.tensors.state import Optimizers, holding_state, optimizers_of
+from pathlift.tensors.state import Optimizers, holding_state
 from pathlift.timing import timed
 from pathlift.verdict import facts_of, in_one_line, optimizer_kind
 from pathlift.verify import Applied, Outputs, compared, moved_buffers, outputs, taken_back
 
 
+@apart
 def condition_(
     model: nn.Module,
     example_inputs: object,
@@ -105,65 +108,10 @@ def condition_(
     """
     chosen = as_criterion(criterion, reference)
     settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
-    return Conditioner(model, example_inputs, batch_norm=batch_norm).conditioned(settings)
-
-
-class Conditioner:
-    """A captured model and its group, to condition it many times at the cost of the solve.
-
-    Args:
-        model, example_inputs, batch_norm: see :func:`condition_`.
-
-    Raises:
-        ArgumentError, CaptureError: see :func:`condition_`.
-
-    >>> import pathlift, torch
-    >>> from torch import nn
-    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> x = torch.zeros(2, 4)
-    >>> conditioner = pathlift.Conditioner(model, x)
-    >>> first = conditioner.condition_(exact=False)
-    >>> again = conditioner.condition_(exact=False)  # no second capture, and nothing left to do
-    >>> abs(first.imbalance_after - again.imbalance_before) < 1e-6
-    True
-    """
-
-    @apart
-    def __init__(
-        self, model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
-    ) -> None:
-        self._home = home_of(model)
-        self._seconds: dict[str, float] = {}
-        self._known = understood(self._home, example_inputs, batch_norm, self._seconds)
-        self.model, self.group, self.batch_norm = self._home.model, self._known.group, batch_norm
-
-    def condition_(
-        self,
-        *,
-        criterion: str | Criterion | Mapping[str, Tensor] = "path-kernel",
-        exact: bool | None = None,
-        optimizer: Optimizers = None,
-        solver: str = "newton",
-        tol: float | None = None,
-        verify: bool = True,
-        on_nothing: str = "warn",
-        reference: Mapping[str, Tensor] | None = None,
-    ) -> ConditioningReport:
-        """Condition the model as it is now; arguments, report and errors as :func:`condition_`.
-
-        The report's seconds of capture and symmetry stand in the first report only.
-        """
-        chosen = as_criterion(criterion, reference)
-        settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
-        return self.conditioned(settings)
-
-    @apart
-    def conditioned(self, settings: Settings) -> ConditioningReport:
-        """:meth:`condition_` with its arguments as one object."""
-        self._home.refresh()
-        self.group.check_tensors(self._home.tensors())
-        seconds, self._seconds = self._seconds, {}
-        return condition_home(self._known, settings, seconds)
+    home, seconds = home_of(model), dict[str, float]()
+    known = understood(home, example_inputs, batch_norm, seconds)
+    home.refresh()
+    return condition_home(known, settings, seconds)
 
 
 @dataclass(frozen=True)
@@ -187,6 +135,7 @@ def understood(
     return Understood(home, program, group, batch_norm)
 
 
+@uncollected
 def condition_home(
     known: Understood, settings: Settings, seconds: dict[str, float]
 ) -> ConditioningReport:
@@ -296,9 +245,11 @@ def kept(
     made = apply(how)
     if before is None:
         return how, made, None
-    with timed(seconds, "verify"):
-        times = None if how.exact or how.asked else taken_back(made, before)
-    if times is not None:
+    if not (how.exact or how.asked):
+        with timed(seconds, "verify"):
+            change, times = taken_back(made, before)
+        if times <= 1:
+            return how, made, change
         how = instead(times)
         made = apply(how)
     with timed(seconds, "verify"):
@@ -331,44 +282,6 @@ def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[
                 f"defined. Restore the weights or initialise them again."
             )
     return found
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What :func:`condition_` is asked for, checked.
-
-    ``midway``: training is known to have begun. ``canonical``: what is wanted is one point per
-    orbit, so frozen parameters count and dead scales take a place of their own.
-
-    Raises:
-        ArgumentError: a wrong type or value.
-    """
-
-    criterion: Criterion
-    exact: bool | None = None
-    solver: str = "newton"
-    tol: float | None = None
-    optimizer: Optimizers = None
-    verify: bool = True
-    on_nothing: str = "warn"
-    midway: bool = False
-    canonical: bool = False
-
-    def __post_init__(self) -> None:
-        flags: dict[str, object] = {"verify": self.verify}
-        if self.exact is not None:
-            flags["exact"] = self.exact
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
-        if self.on_nothing not in ("warn", "error", "ignore"):
-            raise ArgumentError(
-                f"on_nothing must be 'warn', 'error' or 'ignore'; found {self.on_nothing!r}."
-            )
-        tol: object = 0.5 if self.tol is None else self.tol
-        if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
-            raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
-        optimizers_of(self.optimizer)
 
 
 def scales_to_apply(operator: Operator, solution: Solution, exact: bool) -> NDArray[Any]:

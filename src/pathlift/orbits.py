@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pathlift.condition import Conditioner, Settings, Solved, Understood, solved, understood
+from pathlift.condition import Solved, Understood, solved, understood
+from pathlift.conditioner import Conditioner
 from pathlift.criteria import path_kernel
 from pathlift.errors import ArgumentError
 from pathlift.homes.sharded import home_of
 from pathlift.report import ConditioningReport
+from pathlift.settings import Settings
 from pathlift.tensors.rescale import multiply_
 from pathlift.text import columns
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from pathlift.checkpoint import open_checkpoint
-from pathlift.condition import Settings, condition_home, understood
+from pathlift.condition import condition_home, understood
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.homes.checkpoint import CheckpointHome, Progress
 from pathlift.homes.scratch import Scratch
 from pathlift.homes.skeleton import parameters_on_meta
 from pathlift.report import ConditioningReport
+from pathlift.settings import Settings
 from pathlift.timing import timed
 
 __all__ = ["Progress", "condition_checkpoint", "parameters_on_meta"]

@@ -102,16 +102,26 @@ def outputs(home: Home, program: Program, moved: frozenset[str] = frozenset()) -
             for one in [inputs, rolled] if mode == own else [rolled]:
                 if mode != own:
                     model.train(mode)
-                torch.manual_seed(0)
+                _seed(model)
                 out = _run(model, one, inputs)
                 own_tensors = attributes(model)
-                follow = {id(own_tensors[n]) for n in program.derived if n in own_tensors}
+                unseen = skipped.union(
+                    id(own_tensors[n]) for n in program.derived if n in own_tensors
+                )
                 left = [*model.buffers(), *own_tensors.values()]
-                seen = [*tensors_in(out), *(t for t in left if id(t) not in skipped | follow)]
+                seen = [*tensors_in(out), *(t for t in left if id(t) not in unseen)]
                 found.append([t.detach().clone() for t in seen if t.layout == torch.strided])
             before.restore()
     home.settle()
     return found
+
+
+def _seed(model: nn.Module) -> None:
+    """The same random numbers for every run; the snapshot puts back the state."""
+    if all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers())):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed notes a traceback per device
+    else:
+        torch.manual_seed(0)
 
 
 def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
@@ -176,21 +186,23 @@ def compared(applied: Applied, before: Outputs) -> float:
     )
 
 
-def taken_back(applied: Applied, before: Outputs) -> float | None:
+def taken_back(applied: Applied, before: Outputs) -> tuple[float, float]:
     """Take continuous scales back where outputs change by more than rounding explains.
 
     Returns:
-        The change, in units of what rounding may change; None where it may stay.
+        The largest change of an output on any process, and the largest in units of what rounding
+        may change; above 1, the scales were taken back.
     """
     try:
-        times = applied.times(before, _now(applied))
+        now = _now(applied)
+        worst = applied.home.worst(largest_change(before, now))
+        times = applied.times(before, now)
     except BaseException:
         applied.undo()
         raise
     if times > 1:
         applied.undo()
-        return times
-    return None
+    return worst, times
 
 
 def _now(applied: Applied) -> Outputs:

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathlift import operations
+from pathlift.capture.fakes import Fakes
 from pathlift.capture.inputs import as_inputs, doubled, tensors_in
 from pathlift.capture.names import attributes, check_model, named_tensors
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.reads import Reads
-from pathlift.capture.record import Fakes, Recorder, graph_of, module_paths
+from pathlift.capture.record import Recorder, graph_of, module_paths
 from pathlift.capture.refusals import differs, draws, explained, failed, not_recorded
 from pathlift.capture.witness import Witness, uncompiled
+from pathlift.collector import uncollected
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
 from pathlift.surroundings import callers_device, plain_arithmetic
@@ -35,6 +37,7 @@ from pathlift.surroundings import callers_device, plain_arithmetic
 LOCK = threading.RLock()
 
 
+@uncollected
 def capture(
     model: nn.Module, example_inputs: object, source: Source | None = None, *, both: bool = True
 ) -> Program:
@@ -71,6 +74,7 @@ def capture(
         source,
         session.examples,
         session.derived,
+        frozenset(n for r in session.recorders for n in r.folded),
     )
 
 
@@ -174,7 +178,9 @@ class _Session:
         copied = _copied(inputs)
         own = {id(t) for t in self._tensors().values()}
         reads = Reads(lambda tensor: None, True, own)
-        with _below_autograd(gradients=True), Witness() as witness, reads:
+        # Fast kernels: they change what is inside of an operation, not which one is called.
+        fast = torch.backends.mkldnn.flags(enabled=torch._C._get_mkldnn_enabled())
+        with _below_autograd(gradients=True), fast, Witness(self.fake.run) as witness, reads:
             self.model(*copied.args, **copied.kwargs)
         return witness.seen
 
@@ -365,7 +371,7 @@ def _fake_for_meta(model: nn.Module) -> Iterator[Fakes]:
     Meta tensors would not mix with the inputs and buffers, and what forward makes on their device
     would have no values.
     """
-    mode = Fakes()
+    mode = Fakes(operations.known)
     places = [
         (module, name, parameter)
         for module in model.modules()

@@ -12,7 +12,7 @@ import gc
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -57,7 +57,7 @@ class _Plan:
 
 
 @cache
-def _plan(func: Any) -> _Plan:
+def plan_of(func: Any) -> _Plan:
     schema = func._schema
     full = str(schema.name)
     space, _, plain = full.partition("::")
@@ -108,20 +108,6 @@ def _functional(func: Any, space: str, base: str, mutated: tuple[str, ...]) -> A
     return None
 
 
-class Fakes(FakeTensorMode):
-    """The mode of the fake tensors, without the compiler that torch wraps it in (seconds)."""
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.dispatch(func, types, args, kwargs or {})
-
-
 class Recorder(Watch):
     """Writes down the calls of one run.
 
@@ -148,10 +134,14 @@ class Recorder(Watch):
         self.tensors: dict[Symbol, str] = {}
         self.constants: dict[Symbol, Tensor] = {}
         self.module: list[str] = []
+        # Buffers whose values went into the program.
+        self.folded: set[str] = set()
         self.refused: CaptureError | None = None
         self._inside = 0
         self._slots: Any = WeakIdKeyDictionary()
         self._external: dict[int, tuple[Tensor, Slot]] = {}
+        # The real ones of them by the memory that they lie in.
+        self._over: dict[object, list[tuple[Tensor, Slot]]] = {}
         self._inputs: list[Slot] = []
         self._made: list[weakref.ref[Tensor]] = []
 
@@ -270,7 +260,7 @@ class Recorder(Watch):
             self._refuse(HigherOrder(func.name()))
         if func._schema.name in QUERIES:
             return func(*args, **kwargs)
-        plan = _plan(func)
+        plan = plan_of(func)
         if not self._inside:
             noted(plan.full, self.seen)
         bound = _bind(plan, args, kwargs)
@@ -302,6 +292,11 @@ class Recorder(Watch):
         """Raise if a tensor's values are asked for and depend on what is not known."""
         if self._symbolic(tensor):
             self._refuse(ValueNeeded("values"))
+        self._fold([tensor])
+
+    def _fold(self, tensors: Iterable[Tensor]) -> None:
+        """Note the buffers whose values are looked at."""
+        self.folded.update(self.named[id(t)] for t in tensors if id(t) in self.named)
 
     def _computable(self, plan: _Plan, bound: dict[str, Any]) -> bool:
         if plan.seeded or plan.uninitialised:
@@ -317,6 +312,7 @@ class Recorder(Watch):
         self, func: Any, plan: _Plan, bound: dict[str, Any], args: Any, kwargs: Any
     ) -> Any:
         """Run on real tensors, none of which depends on inputs, parameters or state."""
+        self._fold(_tensors((args, kwargs)))
         for name in () if plan.reshaped else plan.mutated:
             for tensor in _tensors(bound[name]):
                 root = self._slot(tensor).root
@@ -415,7 +411,7 @@ class Recorder(Watch):
         self, target: Any, arguments: dict[str, Any], shape: torch.Size, dtype: torch.dtype
     ) -> Symbol:
         symbol = Symbol(shape, dtype)
-        plan = _plan(target)
+        plan = plan_of(target)
         full = {
             a.name: arguments.get(a.name, a.default_value if a.has_default_value() else None)
             for a in plan.arguments
@@ -432,6 +428,8 @@ class Recorder(Watch):
         entry = self._external.get(id(tensor))
         if entry is None:
             entry = self._external[id(tensor)] = (tensor, self._adopt(tensor))
+            if not _is_fake(tensor):
+                self._over.setdefault(_memory(tensor), []).append(entry)
         return entry[1]
 
     def _adopt(self, tensor: Tensor) -> Slot:
@@ -544,8 +542,8 @@ class Recorder(Watch):
         """Other tensors from outside over the same memory are not what they were."""
         if _is_fake(tensor):
             return
-        for other, slot in self._external.values():
-            if slot.root is not root and not _is_fake(other) and _shares(other, tensor):
+        for other, slot in self._over.get(_memory(tensor), ()):
+            if slot.root is not root:
                 slot.root.value = Symbol(other.shape, other.dtype)
                 slot.root.symbolic = True
                 slot.root.version += 1
@@ -678,12 +676,15 @@ def _is_fake(tensor: Tensor) -> bool:
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
-    if a is b:
-        return True
+    return a is b or _memory(a) == _memory(b)
+
+
+def _memory(tensor: Tensor) -> object:
+    """Which storage a tensor lies in."""
     try:
-        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
-        return False
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors have none
+        return ("none", id(tensor))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ for real than on fake tensors. Then the operations differ in their names or thei
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -70,7 +70,15 @@ def uncompiled() -> Iterator[None]:
 
 
 class Witness(Watch):
-    """Notes the names of the operations that the code under it calls."""
+    """Notes the names of the operations that the code under it calls.
+
+    Args:
+        run: calls an operation with its arguments.
+    """
+
+    def __init__(self, run: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self.run = run
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -78,4 +86,4 @@ class Witness(Watch):
         if higher_order(func):
             raise HigherOrder(func.name())
         noted(func._schema.name, self.seen)
-        return func(*args, **(kwargs or {}))
+        return self.run(func, args, kwargs or {})

@@ -75,8 +75,8 @@ def run(args: Any) -> dict[str, Any]:
 
 def _checked(args: Any) -> dict[str, Any]:
     """Arguments of ``condition_``, looked at before any model is loaded."""
-    from pathlift.condition import Settings
     from pathlift.criteria import as_criterion
+    from pathlift.settings import Settings
     from pathlift.solve import SOLVERS
 
     options = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy, log_softmax
 
-from pathlift.condition import Conditioner
+from pathlift.conditioner import Conditioner
 from pathlift.errors import ArgumentError, RangeError
 from pathlift.experiments.data import Data
 from pathlift.experiments.optimizers import Rule, Slots, optimizer_named

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, ModuleType
@@ -160,20 +159,14 @@ class Snapshot:
         What has not changed is not written to. If something can't be put back, everything else
         still is, and its error is raised at the end.
         """
-        with ExitStack() as stack:  # calls the last first
-            for call in self._put_back:
-                stack.callback(call)
-            stack.callback(self._restore_tensors)
-            for holder in self._holders():
-                stack.callback(holder.restore)
-
-    def _restore_tensors(self) -> None:
-        with ExitStack() as stack:
-            for state, _ in self._tensors.values():
-                stack.callback(state.look_again)
-            stack.callback(self._memory.restore)
-            for state, _ in self._tensors.values():
-                stack.callback(state.put_back)
+        states = [state for state, _ in self._tensors.values()]
+        _all(
+            *(held.restore for held in reversed([*self._holders()])),
+            *(state.put_back for state in states),
+            self._memory.restore,
+            *(state.look_again for state in states),
+            *reversed(self._put_back),
+        )
 
     def changed(self) -> list[Change]:
         """What differs now: plain values (numbers, strings, None, containers of them), and tensors.
@@ -236,6 +229,18 @@ class Snapshot:
 
     def __exit__(self, *_: object) -> None:
         self.restore()
+
+
+def _all(*calls: Callable[[], object]) -> None:
+    """Make every call; what the last one raised that failed is raised at the end."""
+    failed: BaseException | None = None
+    for call in calls:
+        try:
+            call()
+        except BaseException as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 def _may_hold(value: object) -> bool:

@@ -18,6 +18,7 @@ from pathlift import plots
 from pathlift.capture.model import capture
 from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Program
+from pathlift.collector import uncollected
 from pathlift.errors import ArgumentError
 from pathlift.surroundings import apart
 from pathlift.symmetry.equations import Equations
@@ -316,6 +317,7 @@ def rescaling_group(
     return infer_group(capture(model, example_inputs), batch_norm)
 
 
+@uncollected
 def infer_group(program: Program, batch_norm: str = "pinned") -> RescalingGroup:
     """The group of a captured program: inference, then a basis of the solutions."""
     if batch_norm not in ("pinned", "invariant"):

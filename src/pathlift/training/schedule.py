@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pathlift.condition import Conditioner, Settings, condition_
+from pathlift.condition import condition_
+from pathlift.conditioner import Conditioner
 from pathlift.criteria import as_criterion
 from pathlift.errors import ArgumentError
 from pathlift.report import ConditioningReport
+from pathlift.settings import Settings
 from pathlift.tensors.state import Optimizers
 
 _UNITS = ("epoch", "step")
