@@ -151,6 +151,14 @@ def test_numbers_in_reasons_are_those_of_the_table() -> None:
     adam = judged(replace(GOOD, optimizer="adaptive")).reason
     assert f"({percent[code, 'adam', False]}% lower)" in adam
     assert f"({-percent[classifier, 'adam', False]}% higher)" in adam
+    gains = [
+        e["methods"]["path-continuous"]["matched_rate"]["gain"]
+        for e in entries
+        if e["architecture"] in (classifier, code, "autoencoder:256-64-16")
+        and e["optimizer"] == "sgd"
+        and not e["batch_norm"]
+    ]
+    assert [round(100 * g) for g in sorted(gains)] == [12, 13, 38]  # Advice.rate says so
     text = next(e for e in entries if e["architecture"].startswith("transformer"))
     attention = judged(replace(GOOD, attention=True)).reason
     assert f"ended {-percent['transformer:32-2', 'adamw', False]}% higher" in attention
