@@ -4,9 +4,8 @@ Run: ``python benchmarks/ideas.py [--seeds 5] [--json FILE]``. The digits autoen
 start at its own best rate of a grid a factor 1.5 apart. Starts: as constructed; the path kernel's
 optimum; *progress*: layers' scales that make ``|grad|^2 / L`` largest, what a step at the largest
 stable rate takes off the loss (``L``: top eigenvalue of the Gauss-Newton matrix); *path, same L*:
-of the points on the line from no conditioning to twice the optimum and of layers' scales added to
-it, the least imbalance whose ``L`` is the old one; the empirical Fisher's optimum. About four
-minutes on one core.
+among multiples of the optimum with layers' scales added, the least imbalance whose ``L`` is the
+old one; the empirical Fisher's optimum. About five minutes on one core.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def starts(seed: int, data: Data) -> dict[str, nn.Module]:
     """Equal networks, by the name of how they were chosen."""
     model, x = build(ARCHITECTURE, data, seed=seed), data.inputs[:2]
     batches: Batches = [(b, b) for b in data.inputs[: 4 * BATCH].split(BATCH)]
-    group, layers = pathlift.rescaling_group(model, x), None
+    group = pathlift.rescaling_group(model, x)
     layers = layers_of(model, group)
     diagonal = pathlift.path_kernel_diagonal(model, x)
 

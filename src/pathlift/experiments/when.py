@@ -121,6 +121,7 @@ def _method(setting: Setting, name: str, factor: float) -> dict[str, Any]:
     matched = min(setting.rates, key=lambda r: abs(math.log(r / setting.rates[base] / factor)))
     every = range(len(setting.rates))
     own = rate_of(setting, name)
+    at_matched = _gain(setting, name, [setting.rates.index(matched)], [base])
     return {
         "label": LABELS[name],
         "imbalance_after": float(setting.runs[name].imbalance.mean()),
@@ -128,21 +129,21 @@ def _method(setting: Setting, name: str, factor: float) -> dict[str, Any]:
         "rate_ratio": own / rate_of(setting, NONE),
         "own_best_rates": _gain(setting, name, every),
         "baseline_best_rate": _gain(setting, name, [base]),
-        **(
-            {"matched_rate": _gain(setting, name, [setting.rates.index(matched)])}
-            if name == CONTINUOUS
-            else {}
-        ),
+        **({"matched_rate": at_matched} if name == CONTINUOUS else {}),
         "smallest_rate": _gain(setting, name, [0]),
     }
 
 
-def _gain(setting: Setting, name: str, rates: Sequence[int]) -> dict[str, Any]:
+def _gain(
+    setting: Setting, name: str, rates: Sequence[int], baselines: Sequence[int] | None = None
+) -> dict[str, Any]:
     """The share of the baseline's loss that the method gains, with its interval and its sign.
 
-    The sign is 0 where the interval has both, and None where there are too few seeds for one.
+    The sign is 0 where the interval has both, and None where there are too few seeds for one. The
+    baseline has ``rates`` to choose from, too, or ``baselines``.
     """
-    final = [setting.runs[n].loss[list(rates), :, -1] for n in (name, NONE)]
+    chosen = ((name, rates), (NONE, rates if baselines is None else baselines))
+    final = [setting.runs[n].loss[list(places), :, -1] for n, places in chosen]
     value, interval = difference(final[0], final[1])
     unit = float(final[1].mean(1).min())
     share: Interval = None
@@ -187,13 +188,19 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
                 _shown(m[k]) if k in m else ""
                 for k in ("own_best_rates", "baseline_best_rate", "matched_rate", "smallest_rate")
             ]
-            imbalance = f"{e['imbalance_before']:.3f} → {m['imbalance_after']:.3f}"
+            imbalance = _fall(e, m, " → ")
             front = (network, e["data"], e["optimizer"], str(e["seeds"]))
             about = (f"{e['width_ratio']:g}", m["label"], imbalance)
             stable = f"{e['stable_rate_factor']:.2g}" if m["label"] == LABELS[CONTINUOUS] else ""
             rates = (stable, f"{m['rate_ratio']:.2g}")
             lines.append((*front, *about, *rates, *gains))
     return Table(head, lines)
+
+
+def _fall(entry: dict[str, Any], method: dict[str, Any], between: str) -> str:
+    """The imbalance before and after, where paths are defined."""
+    values = entry["imbalance_before"], method["imbalance_after"]
+    return "not defined" if math.isnan(values[0]) else between.join(f"{v:.3f}" for v in values)
 
 
 def _shown(gain: dict[str, Any]) -> str:
@@ -214,7 +221,7 @@ def _sentences(entries: Sequence[dict[str, Any]]) -> list[str]:
         norm = ", batch norm" if e["batch_norm"] else ""
         found.append(
             f"{e['architecture']} on {e['data']}, {e['optimizer']}{norm}, continuous: {what} at "
-            f"own best rates ({_shown(gain)}); imbalance {e['imbalance_before']:.3f} to "
-            f"{m['imbalance_after']:.3f}, best rate {m['rate_ratio']:.2g} times the baseline's."
+            f"own best rates ({_shown(gain)}); imbalance {_fall(e, m, ' to ')}, best rate "
+            f"{m['rate_ratio']:.2g} times the baseline's."
         )
     return found
