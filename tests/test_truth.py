@@ -63,6 +63,15 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
     return make(), torch.randn(shape)
 
 
+def test_moved_statistics_are_still_those_of_a_fresh_norm() -> None:
+    """Up to eps: what the criterion took for the batch's deviation it takes again."""
+    model, x = made("fresh batch norms")
+    report = pathlift.condition_(model, x, batch_norm="invariant", verify=False)
+    assert report.imbalance_before - report.imbalance_after > 0.01
+    again = pathlift.condition_(model, x, batch_norm="invariant", verify=False)
+    assert abs(again.imbalance_before - report.imbalance_after) < 1e-4
+
+
 @pytest.mark.parametrize("exact", [True, False], ids=["integers", "continuous"])
 @pytest.mark.parametrize("name", MODELS)
 def test_reported_is_measured_and_a_second_call_gains_nothing(name: str, exact: bool) -> None:
