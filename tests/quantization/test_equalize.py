@@ -297,6 +297,18 @@ def test_wrong_arguments(options: dict[str, object], text: str) -> None:
         equalize_(model, x, **options)
 
 
+def test_tables_of_embeddings_stay() -> None:
+    """Also where a layer shares its weight with one; a weight of two layers is rounded once."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"table": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+    model["head"].weight = model["table"].weight
+    model["one"] = model["two"] = nn.Linear(4, 4)
+    assert [name for name, _, _ in weights(model)] == ["one.weight"]
+    made = quantised(model, "int4")
+    assert torch.equal(made["head"].weight, model["head"].weight)
+    assert made["two"].weight.unique().numel() <= 15
+
+
 def test_training_mode_is_refused() -> None:
     model, x = cnn()
     with pytest.raises(pathlift.ArgumentError, match=r"model\.eval"):
