@@ -3,6 +3,7 @@
     python benchmarks/quantization.py                        # all networks, 5 seeds, trained nets
     python benchmarks/quantization.py --networks resnet18 --seeds 1 --json /tmp/now.json
     python benchmarks/quantization.py --page                 # only write the tables from the file
+    python benchmarks/quantization.py --figure               # only draw the page's figure
 
 Brevitas and AIMET are no part of the package. They are compared where they can be imported, in an
 environment of their own: `pip install brevitas aimet-torch`.
@@ -31,11 +32,12 @@ from torch import Tensor, nn
 
 import quantization_tools as compared
 import quantization_trained as trained
-from pathlift.quantization import quantised
+from pathlift.quantization import equalize_, quantised
 from pathlift.quantization.layers import weights
 
 ROOT = Path(__file__).parents[1]
 JSON = ROOT / "docs" / "quantization.json"
+FIGURE = ROOT / "docs" / "figures" / "quantization.png"
 PAGE = ROOT / "docs" / "quantization.md"
 SIZE, EXAMPLES, TESTED = 64, 4, 16
 # Name of a network -> (its name in torchvision, whether ReLU6 becomes ReLU before anything else).
@@ -253,6 +255,13 @@ def write_page(data: dict[str, Any]) -> None:
     PAGE.write_text(f"{text[:start]}\n\n{page(data)}\n{text[end:]}", encoding="utf-8")
 
 
+def draw() -> None:
+    """Ranges of resnet18 before and after."""
+    model = network("resnet18", 0)
+    x = torch.randn(EXAMPLES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1000))
+    equalize_(model, x).plot().savefig(FIGURE, dpi=100)
+
+
 def main() -> None:
     """Run, write after every network, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -261,7 +270,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--page", action="store_true", help="only write the page's tables")
     parser.add_argument("--no-trained", action="store_true")
+    parser.add_argument("--figure", action="store_true", help="only draw the figure")
     args = parser.parse_args()
+    if args.figure:
+        draw()
+        return
     if args.page:
         write_page(json.loads(args.json.read_text()))
         return

@@ -35,6 +35,7 @@ from pathlift.quantization.terms import Term
 from pathlift.solve.matrix import Array
 from pathlift.symmetry.group import infer_group
 from pathlift.tensors.rescale import rescale_
+from pathlift.tensors.shards import is_sharded
 from pathlift.timing import timed
 from pathlift.verify import excess, largest_change
 
@@ -99,7 +100,7 @@ def equalize_(
         The report: ranges and predicted SQNR before and after, per layer and in all.
 
     Raises:
-        ArgumentError: a wrong argument, or a model in training mode.
+        ArgumentError: a wrong argument, a model in training mode or spread over processes.
         CaptureError: the model can't be captured.
         VerificationError: outputs differ by more than rounding explains.
 
@@ -109,6 +110,12 @@ def equalize_(
     model = check_model(model)
     if model.training:
         raise ArgumentError("the model is in training mode. Call model.eval() first.")
+    sharded = [n for n, p in named_tensors(model)[0].items() if is_sharded(p)]
+    if sharded:
+        raise ArgumentError(
+            f"parameter '{sharded[0]}' is spread over several processes. Equalise the whole model "
+            f"on one process, before it is sharded."
+        )
     batches = [as_inputs(batch) for batch in activations or ()]
     if activations is not None and not batches:
         raise ArgumentError("activations is empty; pass at least one batch, or None.")
