@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pathlift.conditioner import Conditioner
 from pathlift.curvature import Curvature, Loss, curvature
 from pathlift.errors import ArgumentError
+from pathlift.surroundings import apart
 from pathlift.verdict import LIKELY, Facts, facts_of, judged, optimizer_kind
 
 # Batches that stand for the data.
@@ -90,6 +91,7 @@ class Advice:
         return "\n".join(f"{title:<13} {text}" for title, text in rows)
 
 
+@apart
 def advise(
     model: nn.Module,
     example_inputs: object,
