@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         experiments,
         lifting,
         plots,
+        quantization,
         solve,
         streaming,
         symmetry,
@@ -98,7 +99,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = (
     *("absorption", "checkpoint", "criteria", "errors", "experiments", "lifting"),
-    *("plots", "solve", "streaming", "symmetry", "theory", "training"),
+    *("plots", "quantization", "solve", "streaming", "symmetry", "theory", "training"),
 )
 
 

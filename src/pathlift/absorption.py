@@ -22,6 +22,7 @@ from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Call, Graph, Program, Symbol, symbols_in
 from pathlift.errors import ArgumentError
 from pathlift.operations.normalization import epsilon, is_batch_norm
+from pathlift.surroundings import apart
 from pathlift.symmetry.group import RescalingGroup
 
 # Name of a bias -> mean and standard deviation of the pre-activation it is part of, per channel.
@@ -44,6 +45,7 @@ class _Layer:
     bias: str | None
 
 
+@apart
 def fold_batch_norms_(model: nn.Module, example_inputs: object) -> Statistics:
     """Fold every batch norm into the layer in front of it, in place, in evaluation mode.
 
@@ -69,7 +71,7 @@ def fold_batch_norms_(model: nn.Module, example_inputs: object) -> Statistics:
             "batch norms can be folded in evaluation mode only, and the model is in training "
             "mode. Call model.eval() first."
         )
-    return fold_captured_(model, capture(model, example_inputs))[0]
+    return fold_captured_(model, capture(model, example_inputs, both=False))[0]
 
 
 def fold_captured_(model: nn.Module, program: Program) -> tuple[Statistics, Program]:
@@ -171,6 +173,7 @@ def rescaled_statistics(
     return found
 
 
+@apart
 def absorb_biases_(
     model: nn.Module,
     example_inputs: object,
@@ -203,7 +206,7 @@ def absorb_biases_(
         raise ArgumentError(f"sigmas must be a number of at least 0; found {sigmas!r}.")
     if padding not in ("refuse", "ignore"):
         raise ArgumentError(f"padding must be 'refuse' or 'ignore'; found {padding!r}.")
-    return absorb_captured_(capture(model, example_inputs), statistics, sigmas, padding)
+    return absorb_captured_(capture(model, example_inputs, both=False), statistics, sigmas, padding)
 
 
 def absorb_captured_(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pathlift.conditioner import Conditioner
 from pathlift.curvature import Curvature, Loss, curvature
 from pathlift.errors import ArgumentError
+from pathlift.surroundings import apart
 from pathlift.verdict import LIKELY, Facts, facts_of, judged, optimizer_kind
 
 # Batches that stand for the data.
@@ -90,6 +91,7 @@ class Advice:
         return "\n".join(f"{title:<13} {text}" for title, text in rows)
 
 
+@apart
 def advise(
     model: nn.Module,
     example_inputs: object,
@@ -201,8 +203,9 @@ def _with_curvature(advice: Advice, before: Curvature, after: Curvature) -> Advi
     rate = advice.rate
     if advice.verdict == LIKELY:
         rate = (
-            f"search again around {measured.rate_factor:.2g} times the best rate before: so the "
-            f"largest stable rate of plain SGD has changed."
+            f"{measured.rate_factor:.2g} times the best rate before, as the largest stable rate of "
+            f"plain SGD has changed: there three of four settings that gained kept 12% to 38%. "
+            f"Better still, search around it."
         )
     return replace(measured, reasons=[*advice.reasons, reason], rate=rate)
 

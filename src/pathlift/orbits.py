@@ -21,6 +21,7 @@ from pathlift.errors import ArgumentError
 from pathlift.homes.sharded import home_of
 from pathlift.report import ConditioningReport
 from pathlift.settings import Settings
+from pathlift.surroundings import apart
 from pathlift.tensors.rescale import multiply_
 from pathlift.text import columns
 
@@ -33,6 +34,7 @@ _SETTINGS = Settings(
 )
 
 
+@apart
 def canonical_(
     model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
 ) -> ConditioningReport:
@@ -103,6 +105,7 @@ class OrbitDistance:
         return "\n".join([verdict, *(f"note: {n}" for n in self.notes), columns(rows, None)])
 
 
+@apart
 def orbit_distance(
     a: nn.Module, b: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
 ) -> OrbitDistance:

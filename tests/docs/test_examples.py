@@ -90,7 +90,7 @@ def test_pages_with_examples() -> None:
     found = {Path(p).stem for p in PAGES if blocks(p)}
     assert found >= {
         *("README", "index", "when", "gallery", "command-line"),
-        *("training", "criteria", "checkpoints", "distributed"),
+        *("training", "criteria", "checkpoints", "distributed", "quantization"),
     }
 
 

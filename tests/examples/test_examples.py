@@ -44,6 +44,18 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert float(found[0][1]) < float(found[0][0])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_quantize(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(FOLDER / "quantize.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    before, after = (
+        float(re.findall(rf"{k} +([0-9.]+) dB", out)[0]) for k in ("only", "equalised")
+    )
+    assert after > before + 3
+    done = re.findall(r"^(aimet|torch_ao|torchao|brevitas|onnx) +(?:skipped|[0-9.]+ dB)", out, re.M)
+    assert len(done) == 5
+
+
 @pytest.mark.zoo  # two processes; tests/training/test_sharded.py has the page's like it
 def test_fsdp2(tmp_path: Path) -> None:
     with socket.socket() as free:

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pathlift.capture.record import plan_of
+from pathlift.capture.schemas import plan_of
 from pathlift.capture.witness import Watch
 
 # Operations whose results have shapes that follow from those of the arguments, never from values,

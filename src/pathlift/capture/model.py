@@ -22,10 +22,11 @@ from torch.utils import _pytree as pytree
 from pathlift import operations
 from pathlift.capture.fakes import Fakes
 from pathlift.capture.inputs import as_inputs, doubled, tensors_in
-from pathlift.capture.names import attributes, check_model, named_tensors
+from pathlift.capture.ledger import Ledger, graph_of
+from pathlift.capture.names import attributes, check_model, module_paths, named_tensors
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.reads import Reads
-from pathlift.capture.record import Recorder, graph_of, module_paths
+from pathlift.capture.record import Recorder
 from pathlift.capture.refusals import differs, draws, explained, failed, not_recorded
 from pathlift.capture.witness import Witness, uncompiled
 from pathlift.collector import uncollected
@@ -38,7 +39,9 @@ LOCK = threading.RLock()
 
 
 @uncollected
-def capture(model: nn.Module, example_inputs: object, source: Source | None = None) -> Program:
+def capture(
+    model: nn.Module, example_inputs: object, source: Source | None = None, *, both: bool = True
+) -> Program:
     """Record the operations of ``model`` on ``example_inputs``, in both modes.
 
     Args:
@@ -46,6 +49,7 @@ def capture(model: nn.Module, example_inputs: object, source: Source | None = No
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         source: where the values of parameters come from, if not from the model. Its parameters
             may then be on the meta device; no memory is taken for them.
+        both: False: in the model's own mode alone, for what is done in evaluation mode only.
 
     Raises:
         ArgumentError: ``model`` or ``example_inputs`` has the wrong type.
@@ -56,7 +60,7 @@ def capture(model: nn.Module, example_inputs: object, source: Source | None = No
     parameters, buffers, aliases = named_tensors(model)
     with LOCK, _quiet(), _fake_for_meta(model) as fake:
         before = Snapshot(model)
-        session = _Session(model, inputs, before, parameters, buffers, fake)
+        session = _Session(model, inputs, before, parameters, buffers, fake, both)
         try:
             with before:
                 graphs = tuple(session.graphs())
@@ -86,11 +90,13 @@ class _Session:
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         fake: Fakes,
+        both: bool,
     ) -> None:
         self.model, self.inputs, self.before, self.fake = model, inputs, before, fake
         self.name = type(model).__name__
         self.real = not any(p.is_meta for p in parameters.values())
         self.own = model.training
+        self.modes = [self.own, not self.own] if both else [self.own]
         self.floating = {n: p for n, p in parameters.items() if p.is_floating_point()}
         # Tensors of the inputs that no container shows: their values are not known.
         self.state = {id(t) for t in tensors_in((inputs.args, inputs.kwargs))}
@@ -106,14 +112,13 @@ class _Session:
 
     def graphs(self) -> list[Graph]:
         """One graph per mode and per call that differs from the first."""
-        modes = [self.own, not self.own]
         later: dict[bool, Snapshot] = {}
-        self.examples = dict.fromkeys(modes, self.inputs)
+        self.examples = dict.fromkeys(self.modes, self.inputs)
         if self.real:
-            for mode in modes:
+            for mode in self.modes:
                 self.examples[mode] = self._warm_up(mode, later)
         found: list[Graph] = []
-        for mode in modes:
+        for mode in self.modes:
             found += self._recorded(mode, self.examples[mode], later.get(mode))
         if self.stale:
             for graph, made in zip(found, self.made, strict=True):
@@ -128,7 +133,7 @@ class _Session:
     def release(self) -> None:
         """No fake tensor stays behind anywhere."""
         for recorder in self.recorders:
-            recorder.release()
+            recorder.ledger.release()
 
     def _warm_up(self, mode: bool, later: dict[bool, Snapshot]) -> Inputs:
         """Run for real; note what the call changes, and put the model back."""
@@ -240,13 +245,13 @@ class _Session:
             try:
                 recorder, graph = self._recording(mode, inputs, gradients)
                 old = start.replaced() | (start.tensors() - self.before.tensors())
-                unknown = (start.replaced() | recorder.changed()) - self.state
+                unknown = (start.replaced() | recorder.ledger.changed()) - self.state
                 if start is not self.before:
                     self._check_settled(start)
             finally:
                 start.restore()
-            if not unknown & recorder.read_as_constants():
-                self.stale = self.stale or bool(old & recorder.read_from_outside())
+            if not unknown & recorder.ledger.read_as_constants():
+                self.stale = self.stale or bool(old & recorder.ledger.read_from_outside())
                 return graph
             self.made.pop()
             self.state |= unknown
@@ -257,25 +262,30 @@ class _Session:
 
     def _recording(self, mode: bool, inputs: Inputs, gradients: bool) -> tuple[Recorder, Graph]:
         model, tensors = self.model, self._tensors()
-        recorder = Recorder(
+        ledger = Ledger(
             self.fake,
-            operations.known,
             {id(t): n for n, t in tensors.items()},
             frozenset(id(p) for n, p in tensors.items() if n in self.floating),
             frozenset(self.state),
         )
+        recorder = Recorder(ledger, operations.known)
         self.recorders.append(recorder)
         symbols: list[Symbol] = []
 
         def faked(tensor: Tensor) -> Tensor:
-            made, symbol = recorder.input(tensor)
+            made, symbol = ledger.input(tensor)
             symbols.append(symbol)
             return made
 
         args, kwargs = pytree.tree_map_only(Tensor, faked, (inputs.args, inputs.kwargs))
         try:
-            with _below_autograd(gradients), module_paths(recorder, model), self.fake, recorder:
-                with Reads(recorder.refuse_values, gradients, recorder.named):
+            with (
+                _below_autograd(gradients),
+                module_paths(ledger.module, model),
+                self.fake,
+                recorder,
+            ):
+                with Reads(recorder.refuse_values, gradients, ledger.named):
                     out = model(*args, **kwargs)
                 if recorder.refused is not None:  # the model's own code has caught it
                     raise recorder.refused
@@ -283,9 +293,9 @@ class _Session:
             raise self._refusal(mode, error) from error
         del args, kwargs
         with _below_autograd(), self.fake:
-            outputs, leaving, made = recorder.results(tensors_in(out), attributes(model))
+            outputs, leaving, made = ledger.results(tensors_in(out), attributes(model))
         self.made.append(made)
-        return recorder, graph_of(recorder, mode, symbols, floating(outputs), leaving)
+        return recorder, graph_of(ledger, mode, symbols, floating(outputs), leaving)
 
     def _refusal(self, mode: bool, error: BaseException) -> CaptureError:
         found = explained(self.name, mode, self.inputs, error)

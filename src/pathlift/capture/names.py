@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -167,3 +168,29 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def module_paths(running: list[str], model: nn.Module) -> Iterator[None]:
+    """Keep the path of the innermost running module of the model last in ``running``."""
+    thread = threading.get_ident()
+    paths = {id(m): name for name, m in model.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == thread and id(module) in paths:
+            running.append(paths[id(module)])
+
+    def leave(module: nn.Module, args: Any, result: Any) -> None:
+        if threading.get_ident() == thread and id(module) in paths and running:
+            running.pop()
+
+    hooks = nn.modules.module
+    handles = [
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

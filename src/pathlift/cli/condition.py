@@ -57,7 +57,7 @@ def run(args: Any) -> dict[str, Any]:
     options = _checked(args)
     lines = Lines()
     try:
-        report = _streamed(args, options, lines) if args.stream else _whole(args, options, lines)
+        report = streamed(args, options, lines) if args.stream else _whole(args, options, lines)
     finally:
         lines.close()
     notes = [] if args.weights else [RANDOM.format(args.seed)]
@@ -107,7 +107,8 @@ def _whole(args: Any, options: dict[str, Any], lines: Lines) -> ConditioningRepo
     return report
 
 
-def _streamed(args: Any, options: dict[str, Any], lines: Lines) -> ConditioningReport:
+def streamed(args: Any, options: dict[str, Any], lines: Lines) -> ConditioningReport:
+    """The command from file to file."""
     from pathlift.cli.models import built, example
     from pathlift.streaming import condition_checkpoint
 

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from pathlift import __version__
-from pathlift.cli import advise, compare, condition, demo, distance, inspect, norms, reproduce
+from pathlift.cli import (
+    advise,
+    compare,
+    condition,
+    demo,
+    distance,
+    equalize,
+    inspect,
+    norms,
+    reproduce,
+)
 from pathlift.cli.exits import DONE, EXPLAINED, PIPE, code, sentence
 from pathlift.cli.parser import Parser
 from pathlift.cli.quiet import quiet
@@ -21,6 +31,7 @@ COMMANDS = {
     "inspect": inspect,
     "advise": advise,
     "condition": condition,
+    "equalize": equalize,
     "norms": norms,
     "distance": distance,
     "demo": demo,

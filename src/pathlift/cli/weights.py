@@ -34,7 +34,7 @@ def check_weights(path: Path) -> None:
         )
 
 
-def _state(path: Path) -> dict[str, Tensor]:
+def state_of(path: Path) -> dict[str, Tensor]:
     check_weights(path)
     if path.suffix not in _PICKLED or path.is_dir():
         with open_checkpoint(path) as checkpoint:
@@ -64,7 +64,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ArgumentError: other tensors, or a pickle that holds more than tensors.
         CheckpointError: the file can't be read.
     """
-    state = _state(path)
+    state = state_of(path)
     own = model.state_dict()
     aliases: dict[tuple[int, Any], str] = {}
     for name, tensor in own.items():

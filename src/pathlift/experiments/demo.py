@@ -195,6 +195,7 @@ def _page(table: list[Any], comparison: Comparison, verdict: str, quick: bool) -
             axes.plot(epochs, np.median(loss, 0), label=label, markevery=every, **style)
             axes.fill_between(epochs, loss.min(0), loss.max(0), color=COLOURS[method], alpha=0.2)
         axes.set(xlabel="epoch", ylabel="share of variance unexplained", yscale="log")
+        figures.plain_ticks(axes)
         axes.legend(frameon=False)
 
     def sensitivity(axes: Any) -> None:
@@ -208,9 +209,10 @@ def _page(table: list[Any], comparison: Comparison, verdict: str, quick: bool) -
         axes.set(
             xlabel="learning rate",
             ylabel="final share of variance unexplained",
-            xscale="log",
             yscale="log",
         )
+        figures.ticks(axes, RATES)
+        figures.plain_ticks(axes)
         axes.legend(frameon=False)
 
     networks = figures.table(

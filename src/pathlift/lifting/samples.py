@@ -90,7 +90,8 @@ def _untouched(program: Program, graph: Graph, one: Call) -> bool:
     counter = program.buffers.get(f"{str(names[0]).rpartition('.')[0]}.num_batches_tracked")
     if counter is not None and bool(counter):
         return False
-    return not bool(mean.any()) and bool((variance == 1).all())
+    # With a counter at zero a variance other than 1 is one that a rescaling has moved.
+    return not bool(mean.any()) and (counter is not None or bool((variance == 1).all()))
 
 
 class _Values:

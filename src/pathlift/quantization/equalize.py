@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,31 +19,34 @@ from pathlift.capture.inputs import as_inputs
 from pathlift.capture.model import capture
 from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Inputs, Program
-from pathlift.errors import ArgumentError, VerificationError, unknown
+from pathlift.errors import ArgumentError, VerificationError
 from pathlift.homes.snapshot import Snapshot
 from pathlift.quantization.bounded import free_relu6_
-from pathlift.quantization.formats import Format, format_of
-from pathlift.quantization.layers import Convolution, channel_axis, checked_target, weights
-from pathlift.quantization.measure import Measured, measure, run
-from pathlift.quantization.objective import Errors
+from pathlift.quantization.formats import format_of
+from pathlift.quantization.layers import (
+    channel_axis,
+    checked_target,
+    weights,
+)
+from pathlift.quantization.measure import measure, run
 from pathlift.quantization.report import EqualizationReport, LayerRow, Spread, spread_of
-from pathlift.quantization.terms import Term, input_scales, term
-from pathlift.solve.bounds import extent_bounds
+from pathlift.quantization.search import Asked, Search, bounds, names_of
+from pathlift.quantization.terms import Term
 from pathlift.solve.matrix import Array
-from pathlift.symmetry.group import RescalingGroup, infer_group
-from pathlift.tensors.extents import extents
+from pathlift.surroundings import apart
+from pathlift.symmetry.group import infer_group
 from pathlift.tensors.rescale import rescale_
+from pathlift.tensors.shards import is_sharded
 from pathlift.timing import timed
 from pathlift.verify import excess, largest_change
 
-_BIASES = ("shrink", "ignore")
-_RELU6 = ("keep", "relu", "per-channel")
 # By how much folding and rescaling may exceed what rounding explains in a single operation.
 _SLACK = 100.0
 # Absorbing biases may cost this part of the quantisation's own error, else it is taken back.
 _ABSORBED = 0.1
 
 
+@apart
 def equalize_(
     model: nn.Module,
     example_inputs: object,
@@ -72,9 +74,10 @@ def equalize_(
     moved from a layer's bias into the next ones' (:mod:`pathlift.absorption`).
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode, the only one that is looked at: what runs in training mode alone
+            (auxiliary heads) is not rescaled with the rest.
         example_inputs: one batch as forward takes it. Its values matter: sensitivities are measured
-            on its first 8 samples, and a few typical ones are enough.
+            on its first 4 samples, and a few typical ones are enough.
         fold: fold batch norms.
         biases: ``"shrink"`` or ``"ignore"``. Biases are not quantised, but a layer's output ranges
             over its bias at least. ``"shrink"`` counts, for each quantised layer, the error of
@@ -99,64 +102,37 @@ def equalize_(
         The report: ranges and predicted SQNR before and after, per layer and in all.
 
     Raises:
-        ArgumentError: a wrong argument, or a model in training mode.
+        ArgumentError: a wrong argument, a model in training mode or spread over processes.
         CaptureError: the model can't be captured.
         VerificationError: outputs differ by more than rounding explains.
 
     In every case of failure the model is as it was.
     """
-    asked = _Asked(fold, biases, relu6, strength, absorb, format_of(format), checked_target(per))
+    asked = Asked(fold, biases, relu6, strength, absorb, format_of(format), checked_target(per))
     model = check_model(model)
     if model.training:
         raise ArgumentError("the model is in training mode. Call model.eval() first.")
+    sharded = [n for n, p in named_tensors(model)[0].items() if is_sharded(p)]
+    if sharded:
+        raise ArgumentError(
+            f"parameter '{sharded[0]}' is spread over several processes. Equalise the whole model "
+            f"on one process, before it is sharded."
+        )
     batches = [as_inputs(batch) for batch in activations or ()]
     if activations is not None and not batches:
         raise ArgumentError("activations is empty; pass at least one batch, or None.")
     seconds: dict[str, float] = {}
     with timed(seconds, "capture"):
-        program = capture(model, as_inputs_of(example_inputs))
+        program = capture(model, example_inputs, both=False)
     with _restored_on_failure(model):
         return _equalized(model, program, batches, asked, seconds)
-
-
-def as_inputs_of(example_inputs: object) -> object:
-    """The inputs, checked before anything is done with them."""
-    as_inputs(example_inputs)
-    return example_inputs
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The arguments of :func:`equalize_`, checked."""
-
-    fold: bool
-    biases: str
-    relu6: str
-    strength: float
-    absorb: bool
-    format: Format
-    per: str
-
-    def __post_init__(self) -> None:
-        flags: dict[str, object] = {"fold": self.fold, "absorb": self.absorb}
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
-        if self.biases not in _BIASES:
-            raise unknown("biases", self.biases, _BIASES)
-        if self.relu6 not in _RELU6:
-            raise unknown("relu6", self.relu6, _RELU6)
-        strength: object = self.strength
-        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-        if not number or not 0 <= self.strength <= 1:
-            raise ArgumentError(f"strength must be a number from 0 to 1; found {strength!r}.")
 
 
 def _equalized(
     model: nn.Module,
     program: Program,
     batches: Sequence[Inputs],
-    asked: _Asked,
+    asked: Asked,
     seconds: dict[str, float],
 ) -> EqualizationReport:
     with timed(seconds, "verify"):
@@ -174,11 +150,13 @@ def _equalized(
     with timed(seconds, "symmetry"):
         group = infer_group(program)
     with timed(seconds, "measure"):
-        names = _names(model, group)
+        names = names_of(model, group)
         measured = measure(model, program, names, batches)
-        errors = Errors(_terms(model, group, measured, asked), group.num_scales)
     with timed(seconds, "solve"):
-        scales, evaluations = _scales(program, group, errors)
+        search = Search(model, program, group, measured, asked)
+        scales = search.least(*bounds(program, group), before)
+        first, last = (search.errors(s) for s in (np.zeros_like(scales), scales))
+        each = first.each(np.zeros_like(scales)), last.each(scales)
     spreads = {n: spread_of(p, channel_axis(m)) for n, m, p in weights(model)}
     with timed(seconds, "apply"):
         rescale_({**program.buffers, **program.parameters}, group.factors(scales))
@@ -186,7 +164,7 @@ def _equalized(
         after = run(model, program.inputs)
         change = _checked_change(before, after)
     with timed(seconds, "absorb"):
-        noise = errors.total(scales) / max(measured.power, 1e-300)
+        noise = float(each[1].sum()) / max(measured.power, 1e-300)
         moved = rescaled_statistics(folded, group, torch.from_numpy(scales))
         absorbed, change_absorbed = 0, 0.0
         if asked.absorb and moved:
@@ -194,76 +172,16 @@ def _equalized(
     return _report(
         model=model,
         asked=asked,
-        errors=errors,
+        terms=first.terms,
+        each=each,
         scales=scales,
         power=measured.power,
         spreads=spreads,
         counts=(len(folded), replaced, absorbed),
         changes=(change, change_absorbed, change_relu6),
-        evaluations=evaluations,
+        evaluations=search.evaluations,
         seconds=seconds,
     )
-
-
-def _names(model: nn.Module, group: RescalingGroup) -> list[str]:
-    """The weights, and the biases beside them, that the captured model knows."""
-    found = []
-    for name, module, _ in weights(model):
-        bias = name.rpartition(".")[0] + ".bias" if "." in name else "bias"
-        has_bias = isinstance(module._parameters.get("bias"), Tensor)
-        found += [n for n in (name, bias if has_bias else "") if n in group.parameters]
-    return list(dict.fromkeys(found))
-
-
-def _terms(
-    model: nn.Module, group: RescalingGroup, measured: Measured, asked: _Asked
-) -> list[Term]:
-    """One term per weight, and per bias or layer's input where they count."""
-    found = []
-    weigh, rouse = (
-        (1.0, 0.0)
-        if not measured.inputs
-        else (
-            2.0 * (1.0 - asked.strength),
-            2.0 * asked.strength,
-        )
-    )
-    floor, relative = asked.format.floor, asked.format.relative
-    # Activations are not symmetric: twice as many steps over largest minus smallest.
-    steps = 1.0 / (12.0 * (2.0 * asked.format.steps + 1.0) ** 2)
-    for name, module, parameter in weights(model):
-        if name not in measured.sensitivity:
-            continue
-        spec, sensitivity = group.parameters[name], measured.sensitivity[name]
-        axis = channel_axis(module) if asked.per == "channel" else None
-        if weigh:
-            found.append(
-                term(group, spec, "weight", parameter, sensitivity, weigh * floor, relative, axis)
-            )
-        bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
-        if bias in measured.sensitivity and not measured.inputs and asked.biases == "shrink":
-            values, matters = module._parameters["bias"], measured.sensitivity[bias]
-            assert values is not None
-            found.append(term(group, group.parameters[bias], "bias", values, matters, steps))
-        if name in measured.inputs and rouse:
-            groups = module.groups if isinstance(module, Convolution) else 1
-            inner = None if axis == 1 else input_scales(spec, groups)
-            if inner is not None:
-                matters, span = measured.inputs[name]
-                found.append(term(group, inner, "activation", span, matters, rouse * steps))
-    return found
-
-
-def _scales(program: Program, group: RescalingGroup, errors: Errors) -> tuple[Array, int]:
-    """The scales at which the error is least; none where that is not less than before."""
-    none = np.zeros(group.num_scales)
-    if not group.num_scales or not errors.terms:
-        return none, 0
-    tensors = {**program.buffers, **program.parameters}
-    moving = {n: tensors[n] for n, spec in group.parameters.items() if spec.terms}
-    lower, upper = extent_bounds(group, extents(moving))
-    found, evaluations = errors.least(none, lower, upper)
-    return (found if errors.total(found) < errors.total(none) else none), evaluations
 
 
 def _checked_change(before: list[Tensor], after: list[Tensor]) -> float:
@@ -305,8 +223,9 @@ def _absorbed(
 def _report(
     *,
     model: nn.Module,
-    asked: _Asked,
-    errors: Errors,
+    asked: Asked,
+    terms: Sequence[Term],
+    each: tuple[Array, Array],
     scales: Array,
     power: float,
     spreads: dict[str, Spread],
@@ -315,10 +234,10 @@ def _report(
     evaluations: int,
     seconds: dict[str, float],
 ) -> EqualizationReport:
-    first, last = errors.each(np.zeros_like(scales)), errors.each(scales)
-    counted = np.asarray([t.kind != "bias" for t in errors.terms], dtype=bool)
+    first, last = each
+    counted = np.asarray([t.kind != "bias" for t in terms], dtype=bool)
     rows = []
-    by_name = {t.name: k for k, t in enumerate(errors.terms) if t.kind == "weight"}
+    by_name = {t.name: k for k, t in enumerate(terms) if t.kind == "weight"}
     for name, module, parameter in weights(model):
         if name in by_name:
             k = by_name[name]

@@ -34,11 +34,6 @@ class Format:
     steps: float
     relative: float = 0.0
 
-    @property
-    def floor(self) -> float:
-        """Error variance ``step^2 / 12`` of an entry, over the square of the largest magnitude."""
-        return 1.0 / (12.0 * self.steps**2)
-
     def rounded(self, values: Tensor, axis: int | None = None) -> Tensor:
         """The values that the format can hold, in their own dtype.
 

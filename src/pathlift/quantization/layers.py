@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pathlift.capture.names import check_model
 from pathlift.errors import unknown
@@ -32,13 +32,12 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Name, module and parameter of every weight that is quantised, each parameter once.
 
     These are the floating-point parameters of two dimensions or more that are called ``weight``
-    or have it in their name (``in_proj_weight``, ``weight_ih_l0``); tables of embeddings and
-    biases stay as they are.
+    or have it in their name (``in_proj_weight``, ``weight_ih_l0``); biases and tables of
+    embeddings stay as they are, also where a layer shares its weight with one.
     """
-    seen: set[int] = set()
+    tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    seen = {id(p) for m in tables for p in m._parameters.values()}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            continue
         for name, parameter in module._parameters.items():
             if parameter is None or "weight" not in name or id(parameter) in seen:
                 continue
@@ -68,13 +67,17 @@ def quantised(model: nn.Module, format: str = "int8", per: str = "tensor") -> nn
     """
     chosen, target = format_of(format), checked_target(per)
     made = copy.deepcopy(check_model(model))
-    round_weights_(made, chosen, target)
+    parameters = dict(made.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, values in rounded_weights(made, chosen, target).items():
+            parameters[name].copy_(values)
     return made
 
 
-def round_weights_(model: nn.Module, format: Format, per: str) -> None:
-    """Round every weight in place."""
-    with torch.no_grad():
-        for _, module, parameter in weights(model):
-            axis = channel_axis(module) if per == "channel" else None
-            parameter.copy_(format.rounded(parameter, axis))
+def rounded_weights(model: nn.Module, format: Format, per: str) -> dict[str, Tensor]:
+    """Name -> values of every weight, rounded."""
+    found = {}
+    for name, module, parameter in weights(model):
+        axis = channel_axis(module) if per == "channel" else None
+        found[name] = format.rounded(parameter, axis)
+    return found

@@ -7,7 +7,7 @@ at the output gives ``(d u.out / d theta_i)^2``, whose expectation over u is tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +20,11 @@ from torch.utils import _pytree as pytree
 from pathlift.capture.inputs import tensors_in
 from pathlift.capture.program import Inputs, Program
 from pathlift.errors import ArgumentError
-from pathlift.homes.snapshot import Snapshot
 from pathlift.quantization.layers import Convolution, weights
 from pathlift.surroundings import plain_arithmetic
 
 # Samples of the example inputs that sensitivities are averaged over.
-SAMPLES = 8
+SAMPLES = 4
 
 
 @dataclass
@@ -44,10 +43,36 @@ class Measured:
     inputs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """The floating-point tensors that the model returns; the model is left as it was."""
-    with torch.no_grad(), plain_arithmetic(), Snapshot(model):
-        return [t.detach().clone() for t in _floats(model(*inputs.args, **inputs.kwargs))]
+@contextmanager
+def _running(model: nn.Module) -> Iterator[None]:
+    """Buffers are put back: what else a call may change, a capture has refused."""
+    kept = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        with plain_arithmetic(), torch.random.fork_rng(devices=()):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in kept:
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
+
+
+def run(
+    model: nn.Module, inputs: Inputs, instead: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """The floating-point tensors that the model returns; the model is left as it was.
+
+    ``instead``: values for some of its parameters.
+    """
+    with torch.no_grad(), _running(model):
+        out = functional_call(model, dict(instead or {}), inputs.args, inputs.kwargs)
+        return [t.detach().clone() for t in _floats(out)]
+
+
+def squared_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Sum of squared differences."""
+    pairs = zip(exact, found, strict=True)
+    return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
 
 
 def _floats(out: Any) -> list[Tensor]:
@@ -85,7 +110,7 @@ def measure(
     found = Measured()
     samples = samples_of(program.inputs, program.graphs[0].batch)
     generator = torch.Generator().manual_seed(0)
-    with plain_arithmetic(), Snapshot(model), torch.enable_grad():
+    with torch.enable_grad(), _running(model):
         leaves = {n: program.parameters[n].detach().requires_grad_() for n in names}
         for sample in samples:
             _add_sample(model, leaves, sample, generator, bool(calibration), found)
@@ -94,7 +119,7 @@ def measure(
         gradient /= len(samples)
     spans: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in calibration:
-        with torch.no_grad(), plain_arithmetic(), Snapshot(model), _inputs(model) as seen:
+        with torch.no_grad(), _running(model), _inputs(model) as seen:
             model(*batch.args, **batch.kwargs)
         for name, x, axis in seen:
             low, high = _span(x, axis)

@@ -8,9 +8,9 @@ evaluation is two products with every matrix of magnitudes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import optimize, sparse
 
 from pathlift.quantization.terms import Term
@@ -18,23 +18,17 @@ from pathlift.solve.matrix import Array
 from pathlift.solve.problem import LN2
 
 # Orders of the norms that stand for maxima, and iterations for each.
-STAGES = ((8.0, 40), (32.0, 40))
+STAGES = ((8.0, 30), (32.0, 40))
 # Pull towards no scale, per scale squared: it decides where nothing else does.
 _PULL = 1e-4
-
-
-@dataclass(frozen=True)
-class _Smooth:
-    """A term at the centre of a stage: ``(size 2^(forms centre))^q``, its largest entry 1."""
-
-    term: Term
-    matrix: Array
-    tops: Array
-    q: float
+# Log2 of the largest magnitude of nothing but zeros.
+_NOTHING = -500.0
 
 
 class Errors:
     """The expected squared error at the output of all terms together.
+
+    Rows, columns, groups (largest magnitudes) and terms are numbered throughout.
 
     Args:
         terms: of the quantised tensors.
@@ -43,24 +37,39 @@ class Errors:
 
     def __init__(self, terms: Sequence[Term], num_scales: int) -> None:
         self.terms = tuple(terms)
-        blocks = [f for t in self.terms for f in (t.rows, t.columns)]
-        empty = sparse.csr_array((0, num_scales))
-        self.forms = sparse.csr_array(sparse.vstack(blocks, format="csr") if blocks else empty)
-        self.forms_t = sparse.csr_array(self.forms.T.tocsr())
         self.num_scales = num_scales
-        self._ends = np.cumsum([0, *(b.shape[0] for b in blocks)])
-
-    def _split(self, moved: Array) -> list[tuple[Array, Array]]:
-        pieces = np.split(moved, self._ends[1:-1]) if self.terms else []
-        return list(zip(pieces[::2], pieces[1::2], strict=True))
+        empty = sparse.csr_array((0, num_scales))
+        self._rows = sparse.csr_array(sparse.vstack([empty, *(t.rows for t in self.terms)], "csr"))
+        self._columns = sparse.csr_array(
+            sparse.vstack([empty, *(t.columns for t in self.terms)], "csr")
+        )
+        self._rows_t = sparse.csr_array(self._rows.T.tocsr())
+        self._columns_t = sparse.csr_array(self._columns.T.tocsr())
+        self._row_ends = np.cumsum([0, *(len(t.by_row) for t in self.terms)])
+        self._column_ends = np.cumsum([0, *(len(t.by_column) for t in self.terms)])
+        first = np.cumsum([0, *(t.groups for t in self.terms)])
+        counts = [t.groups for t in self.terms]
+        self._groups = int(first[-1])
+        self._group = _joined(
+            [t.group + k for t, k in zip(self.terms, first, strict=False)]
+        ).astype(np.int64)
+        self._term = np.repeat(np.arange(len(self.terms)), counts)
+        self._column_term = np.repeat(np.arange(len(self.terms)), np.diff(self._column_ends))
+        self._by_row = _joined([t.by_row for t in self.terms])
+        totals = [float(t.by_column.sum()) or 1.0 for t in self.terms]
+        self._by_column = _joined(
+            [t.by_column / n for t, n in zip(self.terms, totals, strict=True)]
+        )
+        self._floor = np.repeat([t.floor for t in self.terms], counts)
+        self._fixed = np.asarray([t.fixed for t in self.terms], dtype=np.float64)
 
     def each(self, scales: Array) -> Array:
         """Per term, its error at ``scales`` ``(num_scales,)``, by its definition."""
-        found = []
-        for one, (row, column) in zip(self.terms, self._split(self.forms @ scales), strict=True):
-            tops = _tops(one, _log2(one.size) + row[:, None] + column)
-            found.append(_error(one, np.exp2(2.0 * tops), row, column).sum() + one.fixed)
-        return np.asarray(found)
+        row, column = self._rows @ scales, self._columns @ scales
+        tops = self._tops(row, column)
+        weight, share = self._weights(row, column)
+        errors = self._floor * np.exp2(2.0 * tops) * weight[0] * share[0][self._term]
+        return _summed(self._term, errors, len(self.terms)) + self._fixed
 
     def total(self, scales: Array) -> float:
         """The sum over all terms."""
@@ -69,93 +78,100 @@ class Errors:
     def least(self, start: Array, lower: Array, upper: Array) -> tuple[Array, int]:
         """The scales within the bounds at which the sum is least, and the evaluations it took."""
         point, evaluations = np.clip(start, lower, upper), 0
-        bounds = optimize.Bounds(lower, upper)
         for q, iterations in STAGES:
-            centre = point
-            smooth = [
-                _smooth(one, row, column, q)
-                for one, (row, column) in zip(
-                    self.terms, self._split(self.forms @ centre), strict=True
-                )
-            ]
             found = optimize.minimize(
-                lambda s, smooth=smooth, centre=centre: self._evaluate(smooth, centre, s),
+                _Stage(self, point, q),
                 point,
                 jac=True,
                 method="L-BFGS-B",
-                bounds=bounds,
+                bounds=optimize.Bounds(lower, upper),
                 options={"maxiter": iterations, "maxcor": 12, "ftol": 1e-6, "gtol": 1e-9},
             )
             point, evaluations = np.asarray(found.x), evaluations + int(found.nfev)
         return point, evaluations
 
-    def _evaluate(
-        self, smooth: Sequence[_Smooth], centre: Array, point: Array
-    ) -> tuple[float, Array]:
-        """Log of the smoothed sum, and its gradient."""
-        moved = self._split(self.forms @ point)
-        beyond = self._split(self.forms @ (point - centre))
-        total, slopes = 0.0, []
-        for one, here, step in zip(smooth, moved, beyond, strict=True):
-            value, row, column = _slope(one, here, step)
-            total += value
-            slopes += [row, column]
-        pull = _PULL / max(self.num_scales, 1)
-        gradient = self.forms_t @ (np.concatenate(slopes) * (2.0 * LN2 / total)) + pull * point
-        value = float(np.log(total)) + 0.5 * pull * float(point @ point)
-        return value, np.asarray(gradient)
+    def _tops(self, row: Array, column: Array) -> Array:
+        """Log2 of every group's largest magnitude."""
+        tops = np.full(self._groups, _NOTHING)
+        largest = [self._logs(k, row, column).max(axis=1) for k in range(len(self.terms))]
+        np.maximum.at(tops, self._group, _joined(largest))
+        return tops
+
+    def _logs(self, k: int, row: Array, column: Array) -> Array:
+        """Log2 of the magnitudes of a term, moved."""
+        rows = row[self._row_ends[k] : self._row_ends[k + 1], None]
+        return self.terms[k].logs + rows + column[self._column_ends[k] : self._column_ends[k + 1]]
+
+    def _weights(
+        self, row: Array, column: Array
+    ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """Sums of G per group and row; what columns multiply them by, per term and column."""
+        rows = self._by_row * np.exp2(-2.0 * row)
+        columns = self._by_column * np.exp2(-2.0 * column)
+        by_group = _summed(self._group, rows, self._groups)
+        by_term = _summed(self._column_term, columns, len(self.terms))
+        return (by_group, rows), (by_term, columns)
 
 
-def _log2(values: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.log2(values))
+class _Stage:
+    """The log of the smoothed sum and its gradient, for one q, around one point."""
+
+    def __init__(self, errors: Errors, centre: Array, q: float) -> None:
+        self.errors, self.q = errors, q
+        self.row, self.column = errors._rows @ centre, errors._columns @ centre
+        self.tops = errors._tops(self.row, self.column)
+        tops = self.tops[errors._group]
+        self.constant = np.zeros(len(tops))
+        # Terms of one column, which nothing scales, have no product.
+        self.matrices: list[tuple[slice, slice, Array]] = []
+        for k, one in enumerate(errors.terms):
+            rows = slice(errors._row_ends[k], errors._row_ends[k + 1])
+            columns = slice(errors._column_ends[k], errors._column_ends[k + 1])
+            logs = errors._logs(k, self.row, self.column) - tops[rows, None]
+            if one.columns.nnz:
+                self.matrices.append((rows, columns, np.exp2(q * logs)))
+            else:
+                self.constant[rows] = np.exp2(q * logs).sum(1)
+
+    def __call__(self, point: Array) -> tuple[float, Array]:
+        errors, q = self.errors, self.q
+        row, column = errors._rows @ point, errors._columns @ point
+        # 2^(q step) stays within the range of float64.
+        most = 450.0 / q
+        up_row = np.exp2(q * np.clip(row - self.row, -most, most))
+        up_column = np.exp2(q * np.clip(column - self.column, -most, most))
+        across = self.constant.copy()
+        for rows, columns, matrix in self.matrices:
+            across[rows] = matrix @ up_column[columns]
+        powers = up_row * across
+        sums = _summed(errors._group, powers, errors._groups)
+        sums = np.maximum(sums, 1e-290)
+        (weight, rows_down), (share, columns_down) = errors._weights(row, column)
+        each = errors._floor * np.exp2(2.0 * self.tops) * sums ** (2.0 / q)
+        each = each * weight * share[errors._term]
+        total = float(each.sum() + errors._fixed.sum())
+        over = (each / sums)[errors._group]
+        down = np.zeros(len(up_column))
+        per_row = over * up_row
+        for rows, columns, matrix in self.matrices:
+            down[columns] = per_row[rows] @ matrix
+        by_term = _summed(errors._term, each, len(errors.terms))
+        slope_row = over * powers - rows_down * _over(each, weight)[errors._group]
+        slope_column = up_column * down - columns_down * _over(by_term, share)[errors._column_term]
+        pull = _PULL / max(errors.num_scales, 1)
+        slope = errors._rows_t @ slope_row + errors._columns_t @ slope_column
+        gradient = slope * (2.0 * LN2 / total) + pull * point
+        return float(np.log(total)) + 0.5 * pull * float(point @ point), np.asarray(gradient)
 
 
-def _tops(one: Term, logs: Array) -> Array:
-    """Log2 of the largest magnitude of every group; a group of zeros has 2^-500."""
-    tops = np.full(one.groups, -500.0)
-    np.maximum.at(tops, one.group, logs.max(axis=1))
-    return tops
+def _over(values: Array, by: Array) -> Array:
+    return np.asarray(values / np.where(by > 0, by, 1.0))
 
 
-def _error(one: Term, squares: Array, row: Array, column: Array) -> Array:
-    """``floor * max^2 * sum of G`` per group; ``squares``: of the largest magnitudes."""
-    weight = np.bincount(one.group, one.by_row * np.exp2(-2.0 * row), minlength=one.groups)
-    return np.asarray(one.floor * squares * weight * _share(one, column))
+def _joined(parts: Sequence[Array]) -> Array:
+    return np.concatenate([np.zeros(0), *parts])
 
 
-def _share(one: Term, column: Array) -> float:
-    """By how much columns change every row's sum of G."""
-    total = float(one.by_column.sum())
-    return float(one.by_column @ np.exp2(-2.0 * column)) / total if total > 0 else 0.0
-
-
-def _smooth(one: Term, row: Array, column: Array, q: float) -> _Smooth:
-    logs = _log2(one.size) + row[:, None] + column
-    tops = _tops(one, logs)
-    return _Smooth(one, np.exp2(q * (logs - tops[one.group][:, None])), tops, q)
-
-
-def _slope(
-    smooth: _Smooth, here: tuple[Array, Array], step: tuple[Array, Array]
-) -> tuple[float, Array, Array]:
-    """The smoothed error and its derivatives by rows' and columns' exponents, over ``2 ln 2``."""
-    one, q = smooth.term, smooth.q
-    # 2^(q step) stays within the range of float64.
-    most = 900.0 / q
-    row_factor = np.exp2(q * np.clip(step[0], -most / 2, most / 2))
-    column_factor = np.exp2(q * np.clip(step[1], -most / 2, most / 2))
-    rows = row_factor * (smooth.matrix @ column_factor)
-    sums = np.maximum(np.bincount(one.group, rows, minlength=one.groups), 1e-300)
-    squares = np.exp2(2.0 * smooth.tops) * sums ** (2.0 / q)
-    errors = _error(one, squares, *here)
-    per_row = (errors / sums)[one.group] * row_factor
-    up_columns = column_factor * (per_row @ smooth.matrix)
-    weight = one.by_row * np.exp2(-2.0 * here[0])
-    each = np.bincount(one.group, weight, minlength=one.groups)
-    down_rows = weight * (errors / np.where(each > 0, each, 1.0))[one.group]
-    spread = one.by_column * np.exp2(-2.0 * here[1])
-    total, below = float(errors.sum()), float(spread.sum())
-    down_columns = spread * (total / below if below > 0 else 0.0)
-    up_rows = (errors / sums)[one.group] * rows
-    return total + one.fixed, up_rows - down_rows, up_columns - down_columns
+def _summed(index: NDArray[np.int64], values: Array, count: int) -> Array:
+    """Sums of the values of each index."""
+    return np.asarray(np.bincount(index, values, minlength=count), dtype=np.float64)

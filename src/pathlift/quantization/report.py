@@ -148,7 +148,7 @@ class EqualizationReport:
             [_bits(row.before) for row in self.layers],
             [_bits(row.after) for row in self.layers],
             [(row.sqnr_before, row.sqnr_after) for row in self.layers],
-            f"{self.format} per {self.per}: predicted SQNR {self._sqnr()}",
+            f"{self.format} per {self.per}: SQNR {self._sqnr()}, predicted at the output",
         )
 
     def _sqnr(self) -> str:

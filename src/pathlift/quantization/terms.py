@@ -38,7 +38,7 @@ class Term:
     Attributes:
         name: of the tensor (of an activation: of the weight that reads it).
         kind: ``"weight"``, ``"bias"`` or ``"activation"``.
-        size: ``(R, C)`` largest magnitudes of entries with equal scales, float64.
+        logs: ``(R, C)`` log2 of the largest magnitudes of entries with equal scales, float64.
         rows, columns: ``(R, H)`` and ``(C, H)``, their exponents in the free scales.
         by_row, by_column: ``(R,)`` and ``(C,)``: sums of G along the other axis. G itself is taken
             for their product over the total, as where errors of inputs and outputs are independent.
@@ -50,7 +50,7 @@ class Term:
 
     name: str
     kind: str
-    size: Array
+    logs: Array
     rows: sparse.csr_array
     columns: sparse.csr_array
     by_row: Array
@@ -67,9 +67,12 @@ def term(
     kind: str,
     values: Tensor,
     sensitivity: Tensor,
-    floor: float,
+    *,
+    steps: float,
+    factor: float = 1.0,
     relative: float = 0.0,
     axis: int | None = None,
+    moved: Sequence[Tensor] | None = None,
 ) -> Term:
     """The term of one tensor.
 
@@ -77,11 +80,20 @@ def term(
         spec: how it is rescaled.
         values: of its shape; magnitudes are taken.
         sensitivity: ``G``, of its shape.
-        floor, relative: of the format.
+        steps, relative: of the format.
+        factor: by which its error counts.
         axis: the dimension of the channels that have a largest magnitude of their own; None: one
             for the whole tensor.
+        moved: log2 factors that the tensor is multiplied by. Entries that are then below half a
+            step become 0: their error is their own square, whatever the step, and no scale moves
+            it. None: every entry has the error of a step.
     """
     size, weight = values.detach().abs().double().cpu(), sensitivity.double().cpu()
+    fixed = relative * float((weight * size.square()).sum()) if relative else 0.0
+    if moved is not None:
+        alive = _survive(size, moved, steps, axis)
+        fixed += float((weight * size.square() * ~alive).sum())
+        weight = weight * alive
     parts = _parts(spec, axis)
     classes = []
     for axes, terms in parts:
@@ -98,20 +110,28 @@ def term(
         axes = parts[0][0]
         shape = [values.shape[d] for d in axes]
         member = np.unravel_index(np.arange(math.prod(shape)), shape)[axes.index(axis)]
-    fixed = relative * float((weight * size.square()).sum()) if relative else 0.0
     return Term(
         name=spec.name,
         kind=kind,
-        size=maxima.numpy(),
+        logs=torch.log2(maxima).numpy(),
         rows=forms[0],
         columns=forms[1],
         by_row=_positive(row),
         by_column=_positive(column),
         group=member.astype(np.int64),
         groups=int(member.max(initial=0)) + 1,
-        floor=floor,
-        fixed=fixed,
+        floor=factor / (12.0 * steps**2),
+        fixed=factor * fixed,
     )
+
+
+def _survive(size: Tensor, moved: Sequence[Tensor], steps: float, axis: int | None) -> Tensor:
+    """Which entries are at least half a step, once moved."""
+    for exponent in moved:
+        size = size * torch.exp2(exponent)
+    others = [d for d in range(size.dim()) if d != axis]
+    top = size.max() if axis is None else size.amax(others, keepdim=True)
+    return size >= top / (2.0 * steps)
 
 
 def input_scales(spec: ParameterScales, groups: int) -> ParameterScales | None:
