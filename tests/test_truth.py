@@ -43,6 +43,25 @@ class WeightNormed(nn.Module):
         return self.net(x)
 
 
+class Gated(nn.Module):
+    """Gate upon gate: taken for their inputs, paths would have degree 2^20."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]) for _ in range(20)
+        )
+        self.out = nn.Linear(6, 2)
+        with torch.no_grad():
+            for parameter in self.blocks.parameters():
+                parameter.mul_(gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, gate in self.blocks:
+            x = torch.relu(layer(x)) * torch.sigmoid(gate(x))
+        return self.out(x)
+
+
 def fresh_batch_norms() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3),
@@ -53,6 +72,8 @@ def fresh_batch_norms() -> nn.Module:
 MODELS = {
     "zero biases": (Backwards, (2, 4)),
     "weight norm": (WeightNormed, (2, 4)),
+    "large gates": (lambda: Gated(3.0), (2, 6)),
+    "small gates": (lambda: Gated(1.0), (2, 6)),
     "fresh batch norms": (fresh_batch_norms, (2, 3, 8, 8)),
 }
 

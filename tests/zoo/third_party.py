@@ -147,8 +147,8 @@ def _conditioned(model: nn.Module, inputs: Any, row: dict[str, Any]) -> None:
     import pathlift
 
     try:
-        first = pathlift.condition_(model, inputs)
-        second = pathlift.condition_(model, inputs)
+        first = pathlift.condition_(model, inputs, exact=True)
+        second = pathlift.condition_(model, inputs, exact=True)
     except pathlift.PathliftError as error:
         row["condition refused"] = first_line(error)
         return
@@ -173,7 +173,7 @@ def _failing(model: nn.Module, inputs: Any, before: dict[bool, Any]) -> str:
         with torch.no_grad():
             parameter.view(-1)[0] = float("nan")
         state = snapshot(model)
-        pathlift.condition_(model, inputs)
+        pathlift.condition_(model, inputs, exact=True)
         story = ""
     except pathlift.PathliftError:
         story = "; ".join(differences(state, snapshot(model)) + fake_tensors(model))

@@ -26,7 +26,7 @@ from pathlift.collector import uncollected
 from pathlift.errors import UnsupportedOperationError
 from pathlift.lifting.parameters import DroppedParameters, KeptParameters, rescaled
 from pathlift.lifting.samples import Statistics
-from pathlift.lifting.values import Lifted, Squares
+from pathlift.lifting.values import Lifted, Squares, at_most_one
 from pathlift.operations.table import TABLE, NoPaths, Operation, Undescribed, described
 from pathlift.surroundings import plain_arithmetic
 from pathlift.tensors.product import Product, dense
@@ -197,9 +197,20 @@ class _SquaredReading:
                     if not noted:
                         context.approximate()
                         noted = True
-                    made.append(_similar(context, arguments, symbol.shape))
+                    similar = _similar(context, arguments, symbol.shape)
+                    if call.name in GATES:
+                        similar = context.gate(similar)
+                    elif call.name in BOUNDED:
+                        similar = at_most_one(similar)
+                    made.append(similar)
             outputs.append(made if isinstance(output, list) else made[0])
         return outputs
+
+
+# Functions whose values are at most about 1, however large their input.
+BOUNDED = frozenset({"tanh", "softsign", "erf", "sin"})
+# Those of them that are one half at 0.
+GATES = frozenset({"sigmoid", "hardsigmoid"})
 
 
 def _similar(context: Squares, arguments: dict[str, Any], shape: torch.Size) -> Lifted:

@@ -42,6 +42,20 @@ class Lifted:
         return Lifted(self.tensor * 2.0**-exponent, self.shift + exponent, gain)
 
 
+def at_most_one(x: Lifted) -> Lifted:
+    """What comes out of a function with bounded values: its input, over its mean if that exceeds 1.
+
+    Taken for its input of any size, a gate would multiply the size of one branch by that of
+    another: the degree of paths doubles with every block, and leaves the range of float64 within
+    twenty. The mean is detached, a fixed gain; the input is pinned, so it is the same all over the
+    orbit.
+    """
+    mean = float(x.tensor.detach().mean()) if x.tensor.numel() else 0.0
+    if not mean > 0 or not math.isfinite(mean) or math.log2(mean) + x.shift <= 0:
+        return x
+    return Lifted(x.tensor / mean)
+
+
 class Squares:
     """What a squares reading sees: the exponent and the call at hand.
 
@@ -97,6 +111,13 @@ class Squares:
                 f"criterion='weight-norm', or condition_, which uses a stand-in and says so."
             )
         self.approximated[call.label] = self.approximated.get(call.label, 0) + 1
+
+    def gate(self, x: Lifted) -> Lifted:
+        """What comes out of a sigmoid: one half, and its input as far as that is small.
+
+        Without the half, gates that are nearly open would shrink a branch to nothing.
+        """
+        return self.plus(at_most_one(x), 0.5)
 
     def aligned(self, values: Sequence[Any]) -> tuple[list[Tensor], float]:
         """Tensors over one common shift."""

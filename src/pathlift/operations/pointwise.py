@@ -240,10 +240,11 @@ def _glu_scales(inf: Any, call: Call, x: Value, dim: int = -1) -> Any:
 
 
 def _glu_squares(c: Squares, call: Call, x: Lifted, dim: int = -1) -> Lifted:
-    """The gate's stand-in is its input, as where it is written apart."""
+    """The gate's stand-in is that of a sigmoid, as where it is written apart."""
     c.approximate()
     a, b = x.tensor.chunk(2, dim)
-    return Lifted(a * b, 2 * x.shift).normalised()
+    gate = c.gate(Lifted(b, x.shift))
+    return Lifted(a * gate.tensor, x.shift + gate.shift).normalised()
 
 
 define("glu", Operation(_glu_scales, _glu_squares, NoPaths("its gate is a sigmoid")))
