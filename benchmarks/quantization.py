@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--page", action="store_true", help="only write the page's tables")
     parser.add_argument("--no-trained", action="store_true")
+    parser.add_argument("--only-trained", action="store_true", help="into the file as it is")
     parser.add_argument("--figure", action="store_true", help="only draw the figure")
     args = parser.parse_args()
     if args.figure:
@@ -279,9 +280,15 @@ def main() -> None:
         write_page(json.loads(args.json.read_text()))
         return
     torch.set_num_threads(1)
+    data: dict[str, Any]
     others = compared.tools()
+    if args.only_trained:
+        data = json.loads(args.json.read_text())
+        data["trained"] = trained.results({"before": compared.folded, **others})
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
+        return
     versions = {"torch": torch.__version__, **compared.versions()}
-    data: dict[str, Any] = {"versions": versions, "rows": []}
+    data = {"versions": versions, "rows": []}
     if not args.no_trained:
         data["trained"] = trained.results({"before": compared.folded, **others})
     # Seed by seed, so that a run that is cut short has every network.
