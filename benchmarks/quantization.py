@@ -22,6 +22,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,8 +233,14 @@ def other_table(rows: list[dict[str, Any]], key: str, shape: str) -> list[str]:
 
 def page(data: dict[str, Any]) -> str:
     """The part of the page that is measured."""
-    rows, seeds = data["rows"], len({r["seed"] for r in data["rows"]})
-    lines = [f"Means over {seeds} seeds; SQNR of outputs in dB, the best of a row in bold.", ""]
+    rows = data["rows"]
+    counts = Counter(r["network"] for r in rows).values()
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    used = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
+    lines = [
+        f"Means over {seeds} seeds; SQNR of outputs in dB, the best of a row in bold ({used}).",
+        "",
+    ]
     for setting in SETTINGS:
         lines += [f"### {setting[0].upper()}{setting[1:]}", "", *table(rows, setting), ""]
     lines += ["### Seconds", "", "CPU seconds of one call, in the same run.", ""]
