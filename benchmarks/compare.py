@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
+    "first",
+    "call",
+    "again",
     "capture",
     "symmetry",
     "criterion",
     "solve",
     "apply",
     "verify",
-    "call",
     "step",
+    "group",
+    "norm",
+    "diagonal",
     "extra MB",
 )
 

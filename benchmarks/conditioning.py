@@ -1,16 +1,22 @@
-"""Every phase of ``condition_`` beside its floor and beside one training step of the same model.
+"""``condition_``, capture included, beside one training step of the same model, and beside peers.
 
-    python benchmarks/conditioning.py                       # all models (20 minutes on 2 cores)
+    python benchmarks/conditioning.py                       # all models (half an hour on 2 cores)
     python benchmarks/conditioning.py --models resnet18,vgg16 --repeats 5 --json now.json
     python benchmarks/compare.py before.json now.json
 
-One process per model, so that no row sees another's memory. Every phase is timed ``--repeats``
-times on fresh copies of the initial weights, after a call that warms up; a row prints medians, the
-JSON file holds every sample. All figures of a row come from one process, one after the other:
+One process per model, so that no row sees another's memory. Everything is timed ``--repeats`` times
+on the initial weights, after a call that warms up; a row prints medians, the JSON file holds every
+sample. All figures of a row come from one process, one after the other:
 
+- first: the first call in the process, imports included, after the model has run once by itself.
+- call: later calls, capture included, and its parts; again: ``Conditioner.condition_``, without.
 - step: forward and backward at batch 32; pass1: the same at batch 1.
-- read: reading every parameter once (a sum), at the bandwidth of this machine; copy: multiplying
-  every parameter by one number in place.
+- group, norm, diagonal: ``rescaling_group``, ``path_norm(p=1)``, ``path_kernel_diagonal`` on one
+  sample, capture included; enorm: ``condition_(criterion="weight-norm", exact=False)``.
+- torch-pruning, toolkit, ENorm: see ``peers.py``; "-" where there is none, with the reason in the
+  JSON file.
+- With ``--cpu`` seconds are those of the process itself, for a machine that does other work; the
+  call's parts are always by the clock.
 - passes: evaluations of the solver over the reduced matrices.
 - extra MB: peak resident memory during ``condition_`` above what was resident before; reduced MB:
   the reduced matrices; largest MB: the largest tensor.
@@ -22,6 +28,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -35,20 +42,25 @@ import torch
 from torch import Tensor, nn
 
 import pathlift
+import peers
 
 PHASES = ("capture", "symmetry", "criterion", "solve", "apply", "verify")
 COLUMNS = (
     "parameters",
-    *PHASES,
+    "first",
     "call",
+    "again",
+    *PHASES,
     "step",
     "pass1",
-    "read",
-    "copy",
     "call/step",
-    "solve/step",
-    "apply/copy",
-    "criterion/pass1",
+    "group",
+    "torch-pruning",
+    "norm",
+    "toolkit",
+    "diagonal",
+    "enorm",
+    "ENorm",
     "passes",
     "certificate",
     "extra MB",
@@ -59,7 +71,7 @@ COLUMNS = (
 
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -166,13 +178,18 @@ MODELS: dict[str, tuple[Make, Callable[[int], Tensor]]] = {
 }
 
 
+def clock() -> float:
+    """Seconds: of the clock, or of this process's own work where the machine does other work."""
+    return time.process_time() if "--cpu" in sys.argv else time.perf_counter()
+
+
 def timed(function: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of each of ``repeats`` calls after one that is not counted."""
     samples = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = clock()
         function()
-        samples.append(time.perf_counter() - start)
+        samples.append(clock() - start)
     return samples[1:]
 
 
@@ -191,24 +208,39 @@ def _forget_peak() -> None:
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
-    """Samples of one model: column -> list (or one number)."""
+    """Samples of one model: column -> list (or one number, or why there is none)."""
     make, batch = MODELS[name]
     torch.manual_seed(0)
     model = make()
     initial = copy.deepcopy(model.state_dict())
-    two = batch(2)
-    found: dict[str, Any] = {phase: [] for phase in PHASES}
-    for k in range(repeats + 1):
+    one, two, many = batch(1), batch(2), batch(32)
+    with torch.no_grad():
+        model(two)
+
+    def fresh() -> None:
         model.load_state_dict(initial)
         gc.collect()
+
+    fresh()
+    start = clock()
+    pathlift.condition_(model, two)
+    found: dict[str, Any] = {"first": clock() - start, "call": [], "again": []}
+    found |= {phase: [] for phase in PHASES}
+    for _ in range(repeats):
+        fresh()
+        start = clock()
         report = pathlift.condition_(model, two)
-        if k:
-            for phase in PHASES:
-                found[phase].append(report.seconds[phase])
-    # Memory: a call of its own, with nothing to compare beside it.
-    del initial
-    gc.collect()
+        found["call"].append(clock() - start)
+        for phase in PHASES:
+            found[phase].append(report.seconds[phase])
     conditioner = pathlift.Conditioner(model, two)
+    for _ in range(repeats):
+        fresh()
+        start = clock()
+        conditioner.condition_()
+        found["again"].append(clock() - start)
+    # Memory: a call of its own, with nothing to compare beside it.
+    fresh()
     _forget_peak()
     resident = _status("VmRSS")
     conditioner.condition_(verify=False)
@@ -219,43 +251,54 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     found["passes"], found["certificate"] = report.passes, report.gradient_norm
     found["parameters"] = sum(p.numel() for p in model.parameters())
     del conditioner
+    fresh()
 
-    parameters = list(model.parameters())
-    found["read"] = timed(lambda: [float(p.detach().sum()) for p in parameters], repeats)
-
-    def scale() -> None:
-        with torch.no_grad():
-            for p in parameters:
-                p.mul_(1.0)
-
-    found["copy"] = timed(scale, repeats)
+    model.eval()  # in training mode a batch norm refuses one value per channel
+    found["group"] = timed(lambda: pathlift.rescaling_group(model, one), repeats)
+    found["norm"] = _if_defined(lambda: pathlift.path_norm(model, one, p=1), repeats)
+    found["diagonal"] = _if_defined(lambda: pathlift.path_kernel_diagonal(model, one), repeats)
+    for peer, prepare in peers.PEERS.items():
+        work = prepare(name, model, one)
+        found[peer] = work if isinstance(work, str) else _if_defined(work, repeats)
+    if not isinstance(found["ENorm"], str):
+        samples = []
+        for _ in range(repeats):
+            fresh()
+            start = clock()
+            pathlift.condition_(model, two, criterion="weight-norm", exact=False)
+            samples.append(clock() - start)
+        found["enorm"] = samples
 
     def step(x: Tensor) -> None:
         model(x).sum().backward()
         model.zero_grad()
 
-    one, many = batch(1), batch(32)
-    model.eval()  # in training mode a batch norm refuses one value per channel
     found["pass1"] = timed(lambda: step(one), repeats)
     model.train()
     found["step"] = timed(lambda: step(many), max(1, repeats // 2))
-    found["call"] = [
-        sum(t) for t in zip(*(found[p] for p in PHASES if p != "capture"), strict=True)
-    ]
     return found
 
 
+def _if_defined(work: Callable[[], Any], repeats: int) -> list[float] | str:
+    """Samples, or why there are none."""
+    try:
+        return timed(work, repeats)
+    except Exception as error:  # a peer's, of any kind, or an operation without paths
+        return f"{type(error).__name__}: {error}"
+
+
 def middle(samples: Any) -> float:
-    return statistics.median(samples) if isinstance(samples, list) else float(samples)
+    """The median; nan where there is none."""
+    if isinstance(samples, list):
+        return statistics.median(samples)
+    return float(samples) if isinstance(samples, (int, float)) else float("nan")
 
 
 def row(found: dict[str, Any]) -> dict[str, float]:
-    """Medians and ratios of them."""
+    """Medians, and the call in training steps."""
     values = {key: middle(v) for key, v in found.items()}
-    for ratio in ("call/step", "solve/step", "apply/copy", "criterion/pass1"):
-        above, below = ratio.split("/")
-        values[ratio] = values[above] / values[below]
-    return {key: values[key] for key in COLUMNS}
+    values["call/step"] = values["call"] / values["step"]
+    return {key: values.get(key, float("nan")) for key in COLUMNS}
 
 
 def main() -> None:
@@ -263,6 +306,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--cpu", action="store_true", help="count the process's own seconds")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -271,33 +315,20 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for name in args.models.split(","):
         command = [sys.executable, "-W", "ignore", __file__, "--one", name]
-        command += ["--repeats", str(args.repeats)]
+        command += ["--repeats", str(args.repeats), *(["--cpu"] if args.cpu else [])]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{name:<18} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             continue
         rows[name] = json.loads(done.stdout.splitlines()[-1])
         if len(rows) == 1:
-            print(" ".join([f"{'model':<18}", *(f"{k:>10}" for k in COLUMNS)]))
-        cells = (f"{v:>10.3g}" for v in row(rows[name]).values())
+            print(" ".join([f"{'model':<18}", *(f"{k:>13}" for k in COLUMNS)]))
+        cells = ("-".rjust(13) if v != v else f"{v:>13.3g}" for v in row(rows[name]).values())
         print(" ".join([f"{name:<18}", *cells]), flush=True)
         if args.json:
             about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            about["clock"] = "process" if args.cpu else "wall"
             args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
-    _print_slope(rows)
-
-
-def _print_slope(rows: dict[str, Any]) -> None:
-    """How the call grows with the parameters of the square networks (1: in proportion)."""
-    import numpy as np
-
-    square = {n: row(r) for n, r in rows.items() if n.startswith("mlp-") and n.endswith("x8")}
-    if len(square) > 1:
-        size = [r["parameters"] for r in square.values()]
-        seconds = [r["call"] for r in square.values()]
-        slope = np.polyfit(np.log(size), np.log(seconds), 1)[0]
-        last = np.diff(np.log(seconds))[-1] / np.diff(np.log(size))[-1]
-        print(f"square networks: call ~ parameters^{slope:.2f}, between the last two ^{last:.2f}")
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def table(rows: list[dict[str, Any]], setting: str) -> list[str]:
         }
         best = max(means.values())
         cells = [
-            "–"
+            "-"
             if k not in means
             else f"**{means[k]:.1f}**"
             if means[k] == best
@@ -226,7 +226,7 @@ def other_table(rows: list[dict[str, Any]], key: str, shape: str) -> list[str]:
         for label in labels:
             values = [m[label] for m in mine if label in m]
             one = statistics.mean if key == "seconds" else max
-            cells.append(format(one(values), shape) if values else "–")
+            cells.append(format(one(values), shape) if values else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

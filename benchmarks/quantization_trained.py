@@ -118,7 +118,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for one in rows:
         means = [
-            f"{statistics.mean(one['accuracy'][k]):.1f}" if k in one["accuracy"] else "–"
+            f"{statistics.mean(one['accuracy'][k]):.1f}" if k in one["accuracy"] else "-"
             for k in labels
         ]
         lines.append(f"| {one['network']}, {one['setting']} | {' | '.join(means)} |")

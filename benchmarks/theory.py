@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +49,7 @@ GAINS = [10.0 ** (k / 2) for k in range(-4, 5)]
 def network(widths: tuple[int, ...], initialization: str, gain: float, bias: bool) -> nn.Module:
     """A fully connected ReLU network; biases as PyTorch draws them."""
     layers: list[nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in itertools.pairwise(widths):
         layer = nn.Linear(a, b, bias=bias)
         with torch.no_grad():
             DRAW[initialization](layer.weight).mul_(gain)

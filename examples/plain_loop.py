@@ -47,7 +47,7 @@ def main() -> None:
     x, plain = data(), autoencoder()
     conditioned = copy.deepcopy(plain)
 
-    report = pathlift.condition_(conditioned, x[:2])  # in place; every output keeps its bits
+    report = pathlift.condition_(conditioned, x[:2])  # in place; outputs change by rounding
 
     print(report)
     print(f"loss without {train(plain, x):.4f}, with {train(conditioned, x):.4f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
-from pathlift.condition import choose_scales
+from pathlift.condition import scales_to_apply
 from pathlift.criteria import CRITERIA
 from pathlift.lifting.lifted import lifted_pass
+from pathlift.solve import solve
 from pathlift.solve.assemble import assemble_from
 from pathlift.solve.bounds import extent_bounds
 from pathlift.solve.matrix import Dense
@@ -59,7 +61,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     if name == "mlp":
         widths = (5, 12, 9, 8, 4)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         layers = [m for a, b in pairs for m in (nn.Linear(a, b), nn.ReLU())]
         return nn.Sequential(*layers), torch.randn(2, 5)
     if name == "convolutional":
@@ -95,11 +97,13 @@ def test_scales_are_those_of_the_host(
         ):
             np.testing.assert_array_equal(one, other)
         found, _ = assemble_from(group, chosen, there, lower=lower, upper=upper)
-        solution, scales = choose_scales(found.operator, "newton", 1e-8, True)
+        solution = solve(found.operator, "newton", 1e-8)
+        scales = scales_to_apply(found.operator, solution, True)
     assert accelerator.transfers
     assert found.problem.count == expected.problem.count
     np.testing.assert_array_equal(found.dead, expected.dead)
-    reference, integers = choose_scales(expected.operator, "newton", 1e-8, True)
+    reference = solve(expected.operator, "newton", 1e-8)
+    integers = scales_to_apply(expected.operator, reference, True)
     np.testing.assert_allclose(solution.log2_scales, reference.log2_scales, atol=1e-5)
     np.testing.assert_array_equal(scales, integers)
 

@@ -71,3 +71,19 @@ def test_arithmetic_knows_no_group() -> None:
         if name.startswith("pathlift.tensors"):
             others = {m for m in at_import(tree) if not m.startswith("pathlift.tensors")}
             assert others <= {"pathlift.errors"}, name
+
+
+# What is about no single part: documentation, programs, other people's models, slow definitions.
+CROSS_CUTTING = {"docs", "examples", "operators", "reference", "zoo"}
+# Beside the modules at the top: the whole of the package, from outside.
+WHOLE = {"device", "dist", "layout", "misuse", "names", "truth", "unusual_models"}
+
+
+def test_tests_mirror_the_source() -> None:
+    tests = Path(__file__).parent
+    parts = {p.parent.name for p in ROOT.glob("*/__init__.py")}
+    folders = {p.parent.name for p in tests.glob("*/test_*.py")}
+    assert folders - CROSS_CUTTING <= parts
+    modules = {p.stem for p in ROOT.glob("*.py")}
+    files = {p.stem.removeprefix("test_") for p in tests.glob("test_*.py")}
+    assert files - WHOLE <= modules

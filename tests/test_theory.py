@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ from pathlift.theory import (
 
 def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b, bias=bias), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -156,10 +157,7 @@ def test_closed_form_without_biases() -> None:
     counts = np.array(widths[1:]) * np.array(widths[:-1])
     for initialization in INITIALIZATIONS:
         scales = expected_log2_scales(widths, initialization, bias="none")
-        v = [
-            weight_variance(initialization, a, b)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
-        ]
+        v = [weight_variance(initialization, a, b) for a, b in itertools.pairwise(widths)]
         norms = counts * np.array(v) * 4.0 ** np.diff([0.0, *scales, 0.0])
         np.testing.assert_allclose(norms, norms[0], rtol=1e-12)
         again = expected_log2_scales(widths, initialization, bias="none", gain=1e-5)
@@ -246,15 +244,15 @@ def test_mean_squares() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(widths=[3]), "widths must be at least two positive integers"),
-        (dict(widths=[3, 0, 2]), "widths must be at least two positive integers"),
-        (dict(widths=[3, 2.5]), "widths must be at least two positive integers"),
-        (dict(initialization="lecun"), "initialization 'lecun' is unknown. Supported: 'pytorch'"),
-        (dict(initialization=[0.1]), "initialization must be a name or 2 positive variances"),
-        (dict(initialization=[0.1, 0.0]), "initialization must be a name or 2 positive variances"),
-        (dict(bias="ones"), "bias 'ones' is unknown. Supported: 'pytorch', 'zero', 'none'"),
-        (dict(bias=[0.1, -1]), "bias must be a name or 2 non-negative variances"),
-        (dict(gain=0), "gain must be a positive number"),
+        ({"widths": [3]}, "widths must be at least two positive integers"),
+        ({"widths": [3, 0, 2]}, "widths must be at least two positive integers"),
+        ({"widths": [3, 2.5]}, "widths must be at least two positive integers"),
+        ({"initialization": "lecun"}, "initialization 'lecun' is unknown. Supported: 'pytorch'"),
+        ({"initialization": [0.1]}, "initialization must be a name or 2 positive variances"),
+        ({"initialization": [0.1, 0.0]}, "initialization must be a name or 2 positive variances"),
+        ({"bias": "ones"}, "bias 'ones' is unknown. Supported: 'pytorch', 'zero', 'none'"),
+        ({"bias": [0.1, -1]}, "bias must be a name or 2 non-negative variances"),
+        ({"gain": 0}, "gain must be a positive number"),
     ],
 )
 def test_arguments_are_checked(arguments: dict[str, object], message: str) -> None:

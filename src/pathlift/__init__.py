@@ -21,7 +21,9 @@ if TYPE_CHECKING:
         theory,
         training,
     )
-    from pathlift.condition import Conditioner, condition_
+    from pathlift.advice import Advice, advise
+    from pathlift.condition import condition_
+    from pathlift.conditioner import Conditioner
     from pathlift.errors import (
         ArgumentError,
         CaptureError,
@@ -40,26 +42,32 @@ if TYPE_CHECKING:
         path_norm,
     )
     from pathlift.lifting.pruning import path_magnitude_masks, prune_by_path_magnitude_
+    from pathlift.orbits import OrbitDistance, canonical_, orbit_distance
     from pathlift.report import ConditioningReport
     from pathlift.symmetry.group import RescalingGroup, rescaling_group
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "ArgumentError",
     "CaptureError",
     "CheckpointError",
     "Conditioner",
     "ConditioningReport",
     "MissingDependencyError",
+    "OrbitDistance",
     "PathNorm",
     "PathliftError",
     "RangeError",
     "RescalingGroup",
     "UnsupportedOperationError",
     "VerificationError",
+    "advise",
+    "canonical_",
     "condition_",
     "imbalance",
+    "orbit_distance",
     "path_kernel_diagonal",
     "path_magnitude",
     "path_magnitude_masks",
@@ -71,7 +79,10 @@ __all__ = [
 # Where the public names live. They are imported when first used, so that `import pathlift` (and the
 # command line's start) costs next to nothing beyond torch.
 _HOMES = {
-    "condition": ("Conditioner", "condition_"),
+    # Not in a module "advise", which would take the function's place when imported.
+    "advice": ("Advice", "advise"),
+    "condition": ("condition_",),
+    "conditioner": ("Conditioner",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "lifting.metrics": (
         "PathNorm",
@@ -81,6 +92,7 @@ _HOMES = {
         "path_norm",
     ),
     "lifting.pruning": ("path_magnitude_masks", "prune_by_path_magnitude_"),
+    "orbits": ("OrbitDistance", "canonical_", "orbit_distance"),
     "report": ("ConditioningReport",),
     "symmetry.group": ("RescalingGroup", "rescaling_group"),
 }

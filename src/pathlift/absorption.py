@@ -22,6 +22,7 @@ from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Call, Graph, Program, Symbol, symbols_in
 from pathlift.errors import ArgumentError
 from pathlift.operations.normalization import epsilon, is_batch_norm
+from pathlift.surroundings import apart
 from pathlift.symmetry.group import RescalingGroup
 
 # Name of a bias -> mean and standard deviation of the pre-activation it is part of, per channel.
@@ -44,6 +45,7 @@ class _Layer:
     bias: str | None
 
 
+@apart
 def fold_batch_norms_(model: nn.Module, example_inputs: object) -> Statistics:
     """Fold every batch norm into the layer in front of it, in place, in evaluation mode.
 
@@ -171,6 +173,7 @@ def rescaled_statistics(
     return found
 
 
+@apart
 def absorb_biases_(
     model: nn.Module,
     example_inputs: object,

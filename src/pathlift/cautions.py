@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pathlift.capture.program import Call, Program, Symbol, symbols_in
@@ -68,7 +71,16 @@ def announce(what: str | None, on_nothing: str) -> None:
         return
     if on_nothing == "error":
         raise ArgumentError(f"{what}. Nothing was changed.")
-    warnings.warn(f"{what}. The model is as before.", NothingToDo, stacklevel=4)
+    warnings.warn(f"{what}. The model is as before.", NothingToDo, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """How many frames above the one that warns the code lies that has called the library."""
+    inside = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(torch.__file__))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def cautions(
@@ -78,10 +90,15 @@ def cautions(
     solution: Solution,
     scales: NDArray[np.generic],
     behind: int,
+    canonical: bool = False,
 ) -> list[str]:
-    """Sentences for the report, the gravest first."""
+    """Sentences for the report, the gravest first.
+
+    ``canonical``: dead scales were given a place of their own.
+    """
     found = []
-    why = nothing(group, assembled)
+    dead = len(assembled.dead)
+    why = None if canonical and dead else nothing(group, assembled)
     if why is not None:
         found.append(why)
     if not solution.converged:
@@ -92,8 +109,12 @@ def cautions(
             f"{len(solution.at_bounds):,} scales are held at the bounds of what their dtype or "
             f"norm allows ({_listed(names)}): another call would gain more"
         )
-    dead = len(assembled.dead)
-    if why is None and 2 * dead > group.num_scales:
+    if canonical and dead:
+        found.append(
+            f"{dead:,} scales are dead: the path kernel says nothing of them, and they were placed "
+            f"by the least logarithms of weights"
+        )
+    elif why is None and 2 * dead > group.num_scales:
         found.append(
             f"{dead:,} of {group.num_scales:,} scales are dead: a layer of zeros hides what is in "
             f"front of it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,22 +14,29 @@ from torch import Tensor, nn
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
 from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
-from pathlift.criteria import Criterion, as_criterion
+from pathlift.collector import uncollected
+from pathlift.criteria import Criterion, as_criterion, path_kernel
 from pathlift.errors import ArgumentError
 from pathlift.homes.home import Home
 from pathlift.homes.sharded import home_of
 from pathlift.lifting.samples import variance_room
 from pathlift.report import ConditioningReport, moves_of
+from pathlift.rounding import Rounding, instead, rounding
+from pathlift.settings import Settings
 from pathlift.solve import Operator, Solution, round_scales, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
+from pathlift.solve.levels import level_scales
+from pathlift.surroundings import apart
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
-from pathlift.tensors.state import Optimizers
+from pathlift.tensors.state import Optimizers, holding_state
 from pathlift.timing import timed
-from pathlift.verify import Applied, compared, moved_buffers, outputs
+from pathlift.verdict import facts_of, in_one_line, optimizer_kind
+from pathlift.verify import Applied, Outputs, compared, moved_buffers, outputs, taken_back
 
 
+@apart
 def condition_(
     model: nn.Module,
     example_inputs: object,
@@ -59,10 +66,12 @@ def condition_(
             equalization), a function from :mod:`pathlift.criteria` (``weight_norm(q=1)``,
             ``fisher(model, batches, loss)``), or a mapping of parameter name to coefficients
             ``g``, for which the same F is minimised.
-        exact: round the scales to integers, so that every output keeps all its bits. Otherwise
-            the continuous optimum is applied and outputs change by rounding errors (a relative
-            change above 1e-5 in float32 fails, and restores the model). None: what serves the
-            criterion (continuous for ``"range"``, else powers of two).
+        exact: True: round the scales to integers, so that every output keeps all its bits. False:
+            apply the continuous optimum; outputs change by rounding errors (a change above 1e-5
+            of the largest entry, in float32, fails and restores the model). None: continuous
+            before training, which trains better or equally well; powers of two where ``optimizer``
+            holds state, where a tensor to be scaled is narrower than float32, and where continuous
+            scales would fail. ``report.rounding`` says which, and why.
         optimizer: optimiser, or a list of them, whose state is carried along (mid-training use;
             see :mod:`pathlift.tensors.state`).
         solver: ``"newton"`` or ``"coordinate"`` (the published algorithm).
@@ -85,56 +94,24 @@ def condition_(
         VerificationError: the outputs differ by more than they may; the model is as before.
 
     In every case of failure the model is unchanged.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> before = model(x)
+    >>> report = pathlift.condition_(model, x)
+    >>> report.num_scales, report.imbalance_after < report.imbalance_before
+    (32, True)
+    >>> torch.allclose(model(x), before, rtol=1e-5)
+    True
     """
     chosen = as_criterion(criterion, reference)
     settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
-    return Conditioner(model, example_inputs, batch_norm=batch_norm)._conditioned(settings)
-
-
-class Conditioner:
-    """A captured model and its group, to condition it many times at the cost of the solve.
-
-    Args:
-        model, example_inputs, batch_norm: see :func:`condition_`.
-
-    Raises:
-        ArgumentError, CaptureError: see :func:`condition_`.
-    """
-
-    def __init__(
-        self, model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
-    ) -> None:
-        self._home = home_of(model)
-        self._seconds: dict[str, float] = {}
-        self._known = understood(self._home, example_inputs, batch_norm, self._seconds)
-        self.model, self.group, self.batch_norm = self._home.model, self._known.group, batch_norm
-
-    def condition_(
-        self,
-        *,
-        criterion: str | Criterion | Mapping[str, Tensor] = "path-kernel",
-        exact: bool | None = None,
-        optimizer: Optimizers = None,
-        solver: str = "newton",
-        tol: float | None = None,
-        verify: bool = True,
-        on_nothing: str = "warn",
-        reference: Mapping[str, Tensor] | None = None,
-    ) -> ConditioningReport:
-        """Condition the model as it is now; arguments, report and errors as :func:`condition_`.
-
-        The report's seconds of capture and symmetry stand in the first report only.
-        """
-        chosen = as_criterion(criterion, reference)
-        settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
-        return self._conditioned(settings)
-
-    def _conditioned(self, settings: Settings) -> ConditioningReport:
-        """:meth:`condition_` with its arguments as one object."""
-        self._home.refresh()
-        self.group.check_tensors(self._home.tensors())
-        seconds, self._seconds = self._seconds, {}
-        return condition_home(self._known, settings, seconds)
+    home, seconds = home_of(model), dict[str, float]()
+    known = understood(home, example_inputs, batch_norm, seconds)
+    home.refresh()
+    return condition_home(known, settings, seconds)
 
 
 @dataclass(frozen=True)
@@ -158,6 +135,7 @@ def understood(
     return Understood(home, program, group, batch_norm)
 
 
+@uncollected
 def condition_home(
     known: Understood, settings: Settings, seconds: dict[str, float]
 ) -> ConditioningReport:
@@ -170,36 +148,127 @@ def condition_home(
     """
     home, program, group = known.home, known.program, known.group
     seconds = {"capture": 0.0, "symmetry": 0.0} | seconds
+    found = solved(known, settings, seconds)
+    assembled, solution, extents = found.assembled, found.solution, found.extents
+    with timed(seconds, "verify"):
+        moved = moved_buffers(group, program)
+        before = outputs(home, program, moved) if settings.verify else None
+    how = rounding(
+        settings.exact,
+        optimizer=settings.optimizer,
+        dtypes=[extents[n].dtype for n, s in group.parameters.items() if s.terms and n in extents],
+        midway=settings.midway,
+    )
+
+    def apply(how: Rounding) -> Applied:
+        with timed(seconds, "solve"):
+            scales = solution.log2_scales
+            if not settings.canonical:
+                scales = scales_to_apply(assembled.operator, solution, how.exact)
+            scales = home.agree(scales)
+        with timed(seconds, "apply"):
+            undo = home.multiply_(group.factors(scales), extents, settings.optimizer)
+        pinned = known.batch_norm == "pinned"
+        # Statistics that move along are exact up to the norm's eps only.
+        slack = 1.0 if pinned else 100.0
+        return Applied(home, program, group, scales, undo, how.exact and pinned, slack)
+
+    how, made, change = kept(how, apply, before, seconds)
+    behind = behind_stand_ins(program, found.approximated)
+    warned = cautions(group, program, assembled, solution, made.scales, behind, settings.canonical)
+    report = summarised(group, found, made.scales, change, seconds)
+    return replace(
+        report,
+        warnings=warned,
+        behind_stand_ins=behind,
+        rounding=str(how),
+        advice=_advice(known, settings, how, report, assembled.imbalance(solution.log2_scales)),
+    )
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The optimum of a criterion, and what it was found from.
+
+    Attributes:
+        extents: the magnitudes of what moves.
+        approximated: operations a stand-in was used for, with counts.
+    """
+
+    assembled: Assembled
+    solution: Solution
+    extents: dict[str, Extent]
+    approximated: dict[str, int]
+
+
+def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> Solved:
+    """Coefficients and the continuous optimum; nothing is changed. See :func:`condition_home`."""
+    home, program, group = known.home, known.program, known.group
     with timed(seconds, "criterion"):
         extents = finite_extents(home, program, group)
         room = variance_room(program) if known.batch_norm == "invariant" else {}
         lower, upper = extent_bounds(group, extents, room)
         assembled, approximated = assemble_from(
-            group, settings.criterion, program, lower=lower, upper=upper, store=home.store
+            group,
+            settings.criterion,
+            program,
+            lower=lower,
+            upper=upper,
+            store=home.store,
+            frozen_count=settings.canonical,
         )
         announce(nothing(group, assembled), settings.on_nothing)
+        if settings.canonical and len(assembled.dead):
+            place = level_scales(
+                group, lambda n: program.buffers[n] if n in program.buffers else program.value(n)
+            )
+            assembled = assembled.with_dead_at(np.clip(place, lower, upper))
     with timed(seconds, "solve"):
-        solution, scales = choose_scales(
-            assembled.operator, settings.solver, settings.tol, settings.rounds
-        )
-        scales = home.agree(scales)
+        solution = solve(assembled.operator, settings.solver, settings.tol)
+    return Solved(assembled, solution, extents, approximated)
+
+
+def kept(
+    how: Rounding,
+    apply: Callable[[Rounding], Applied],
+    before: Outputs | None,
+    seconds: dict[str, float],
+) -> tuple[Rounding, Applied, float | None]:
+    """Apply scales and look at the outputs, a second time where the default rounding fails.
+
+    Returns:
+        The rounding that stays, what was applied, and the largest change of an output.
+
+    Raises:
+        VerificationError: the outputs differ by more than they may; the model is as before.
+    """
+    made = apply(how)
+    if before is None:
+        return how, made, None
+    if not (how.exact or how.asked):
+        with timed(seconds, "verify"):
+            change, times = taken_back(made, before)
+        if times <= 1:
+            return how, made, change
+        how = instead(times)
+        made = apply(how)
     with timed(seconds, "verify"):
-        moved = moved_buffers(group, program)
-        before = outputs(home, program, moved) if settings.verify else None
-    with timed(seconds, "apply"):
-        undo = home.multiply_(group.factors(scales), extents, settings.optimizer)
-    with timed(seconds, "verify"):
-        change = None
-        if before is not None:
-            pinned = known.batch_norm == "pinned"
-            exact = settings.rounds and pinned
-            # Statistics that move along are exact up to the norm's eps only.
-            slack = 1.0 if pinned else 100.0
-            change = compared(Applied(home, program, group, scales, undo, exact, slack), before)
-    behind = behind_stand_ins(program, approximated)
-    warned = cautions(group, program, assembled, solution, scales, behind)
-    report = summarised(group, assembled, solution, scales, approximated, change, seconds)
-    return replace(report, warnings=warned, behind_stand_ins=behind)
+        return how, made, compared(made, before)
+
+
+def _advice(
+    known: Understood,
+    settings: Settings,
+    how: Rounding,
+    report: ConditioningReport,
+    imbalance_after: float,
+) -> str:
+    """One line from what is known by now; empty where the rule was not made for the case."""
+    if settings.criterion is not path_kernel or holding_state(settings.optimizer):
+        return ""  # it is about the path kernel, and about the first step
+    kind = optimizer_kind(settings.optimizer)
+    facts = facts_of(known.home.structure, known.group, report, imbalance_after, kind)
+    return in_one_line(facts, how.exact)
 
 
 def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[str, Extent]:
@@ -215,74 +284,26 @@ def finite_extents(home: Home, program: Program, group: RescalingGroup) -> dict[
     return found
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What :func:`condition_` is asked for, checked.
-
-    Raises:
-        ArgumentError: a wrong type or value.
-    """
-
-    criterion: Criterion
-    exact: bool | None = None
-    solver: str = "newton"
-    tol: float | None = None
-    optimizer: Optimizers = None
-    verify: bool = True
-    on_nothing: str = "warn"
-
-    @property
-    def rounds(self) -> bool:
-        """Whether scales are rounded to integers."""
-        return self.criterion.exact if self.exact is None else self.exact
-
-    def __post_init__(self) -> None:
-        flags: dict[str, object] = {"verify": self.verify}
-        if self.exact is not None:
-            flags["exact"] = self.exact
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
-        if self.on_nothing not in ("warn", "error", "ignore"):
-            raise ArgumentError(
-                f"on_nothing must be 'warn', 'error' or 'ignore'; found {self.on_nothing!r}."
-            )
-        tol: object = 0.5 if self.tol is None else self.tol
-        if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
-            raise ArgumentError(f"tol must be a number between 0 and 1; found {tol!r}.")
-        several = self.optimizer if isinstance(self.optimizer, (list, tuple)) else [self.optimizer]
-        for one in several:
-            if one is not None and not isinstance(one, torch.optim.Optimizer):
-                raise ArgumentError(
-                    f"optimizer must be a torch.optim.Optimizer, a list of them or None; "
-                    f"found {type(one).__name__}."
-                )
-
-
-def choose_scales(
-    operator: Operator, solver: str, tol: float | None, exact: bool
-) -> tuple[Solution, NDArray[Any]]:
-    """The continuous solution, and the scales to apply: int64 if exact, else float64."""
-    solution = solve(operator, solver, tol)
+def scales_to_apply(operator: Operator, solution: Solution, exact: bool) -> NDArray[Any]:
+    """What of a continuous solution is applied: int64 if exact, else float64."""
     scales: NDArray[Any] = solution.log2_scales
     if exact:
         scales = round_scales(operator, scales)
     if value(operator, scales.astype(np.float64)) >= value(operator, np.zeros(len(scales))):
         # Integers near the optimum may be no better than staying.
         scales = np.zeros_like(scales)
-    return solution, scales
+    return scales
 
 
 def summarised(
     group: RescalingGroup,
-    assembled: Assembled,
-    solution: Solution,
+    found: Solved,
     scales: NDArray[Any],
-    approximated: dict[str, int],
     change: float | None,
     seconds: dict[str, float],
 ) -> ConditioningReport:
     """The report of scales that were applied."""
+    assembled, solution = found.assembled, found.solution
     return ConditioningReport(
         num_scales=group.num_scales,
         num_parameters=assembled.problem.count,
@@ -295,7 +316,7 @@ def summarised(
         log2_scales=torch.from_numpy(scales),
         max_output_change=change,
         unsupported=group.unsupported,
-        approximated=approximated,
+        approximated=found.approximated,
         seconds=seconds,
         passes=solution.passes,
         reduced_bytes=sum(b.matrix.nbytes for b in assembled.problem.blocks),

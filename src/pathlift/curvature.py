@@ -62,6 +62,14 @@ def curvature(
     Raises:
         ArgumentError: no batch, a batch that is no pair of tensors, no trainable parameter, or a
             curvature that is not positive and finite.
+
+    >>> import torch
+    >>> from pathlift.curvature import curvature
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> x = torch.tensor([[1.0], [3.0]])  # mean of (w x - y)^2: curvature 2 mean(x^2) = 10
+    >>> found = curvature(model, [(x, x)], torch.nn.functional.mse_loss)
+    >>> round(found.largest, 4), round(found.stable_rate, 4)
+    (10.0, 0.2)
     """
     batches = _batches(data, max_batches)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -194,9 +194,9 @@ class ConditioningReport:
         gradient_norm: certificate of the continuous optimum, ``max |dF/ds| / p``.
         iterations: of the solver.
         dead_channels: scales held at 0 because nothing enters or leaves them.
-        log2_scales: tensor (num_scales,), what was applied; int64 if exact, else float64.
-        max_output_change: largest absolute difference of the outputs (0.0 when exact; None when
-            not verified).
+        log2_scales: tensor (num_scales,), what was applied; int64 if rounded, else float64.
+        max_output_change: largest absolute difference of the outputs (0.0 for powers of two; None
+            when not verified).
         unsupported: operations that pinned something, with counts.
         approximated: operations without paths for which a stand-in was used, with counts.
         seconds: capture, symmetry, criterion, solve, apply, verify.
@@ -207,8 +207,21 @@ class ConditioningReport:
             are those of the best point found: no worse than none, and not the optimum.
         warnings: what to know before training with this, in words.
         behind_stand_ins: trainable parameter entries in front of operations without paths.
+        rounding: whether scales were rounded to powers of two, and why.
+        advice: whether this is likely to help training, in one line (see :func:`pathlift.advise`);
+            empty for criteria other than the path kernel, and in the middle of training.
         moves: how every parameter moved, for tables and pictures.
         diagonal: of the coefficients, by parameter name, where :meth:`with_diagonal` added it.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> report = pathlift.condition_(model, x)
+    >>> str(report).splitlines()[1]
+    'parameters   226 counted'
+    >>> sorted(report.to_dict())[:3]
+    ['advice', 'approximated', 'behind_stand_ins']
     """
 
     num_scales: int
@@ -228,6 +241,8 @@ class ConditioningReport:
     converged: bool = True
     warnings: list[str] = field(default_factory=list)
     behind_stand_ins: int = 0
+    rounding: str = ""
+    advice: str = ""
     moves: tuple[Move, ...] = field(default=(), repr=False, compare=False)
     diagonal: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
@@ -280,7 +295,6 @@ class ConditioningReport:
         return "\n".join(f"{title:<12} {text}" for title, text in self._rows())
 
     def _rows(self) -> list[tuple[str, str]]:
-        exact = self.log2_scales.dtype == torch.int64
         moved = int(torch.count_nonzero(self.log2_scales))
         span = f", from {self.log2_scales.min():g} to {self.log2_scales.max():g}" if moved else ""
         if self.max_output_change is None:
@@ -299,7 +313,7 @@ class ConditioningReport:
                 f"{self.passes} passes{'' if self.converged else ', above the tolerance'}",
             ),
             ("outputs", outputs),
-            ("rounding", "powers of two" if exact else "none (continuous scales)"),
+            ("rounding", self.rounding),
             ("seconds", ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items())),
         ]
         if self.dead_channels:
@@ -311,4 +325,4 @@ class ConditioningReport:
             if counts:
                 rows.append((title, ", ".join(f"{k} x{v}" for k, v in counts.items())))
         rows += [("warning", text) for text in self.warnings]
-        return rows
+        return [*rows, ("advice", self.advice)] if self.advice else rows

@@ -8,12 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from pathlift.checkpoint import open_checkpoint
-from pathlift.condition import Settings, condition_home, understood
+from pathlift.condition import condition_home, understood
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.homes.checkpoint import CheckpointHome, Progress
 from pathlift.homes.scratch import Scratch
 from pathlift.homes.skeleton import parameters_on_meta
 from pathlift.report import ConditioningReport
+from pathlift.settings import Settings
 from pathlift.timing import timed
 
 __all__ = ["Progress", "condition_checkpoint", "parameters_on_meta"]
@@ -69,6 +70,23 @@ def condition_checkpoint(
         ArgumentError, CaptureError: see :func:`pathlift.condition_`.
 
     In every case of failure the output is as before.
+
+    >>> import pathlift, tempfile, torch
+    >>> from pathlib import Path
+    >>> from pathlift.checkpoint import Shard, as_bytes, write_file
+    >>> from torch import nn
+    >>> def build():
+    ...     return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> state = build().state_dict()
+    >>> shard = Shard([(n, t.dtype, tuple(t.shape)) for n, t in state.items()],
+    ...               lambda: map(as_bytes, state.values()))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     weights, output = Path(folder, "in.safetensors"), Path(folder, "out.safetensors")
+    ...     write_file(weights, shard)
+    ...     report = pathlift.streaming.condition_checkpoint(
+    ...         build, torch.zeros(1, 4), weights, output)
+    ...     output.stat().st_size == weights.stat().st_size, report.num_scales
+    (True, 32)
     """
     settings = Settings(as_criterion(criterion), exact, solver, tol, verify=False)
     weights, output = Path(weights), Path(output)

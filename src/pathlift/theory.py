@@ -11,6 +11,7 @@ squared Frobenius norm, whatever the scale of the initialisation (see :func:`exp
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,10 @@ def weight_variance(initialization: str, fan_in: int, fan_out: int, gain: float 
 
     Raises:
         ArgumentError: ``initialization`` is none of these.
+
+    >>> from pathlift.theory import weight_variance
+    >>> weight_variance("kaiming_normal", fan_in=64, fan_out=10)
+    0.03125
     """
     variances = {
         "pytorch": 1 / (3 * fan_in),
@@ -107,6 +112,10 @@ def expected_log2_scales(
 
     Raises:
         ArgumentError: an argument has the wrong type or value.
+
+    >>> from pathlift.theory import expected_log2_scales
+    >>> len(expected_log2_scales((64, 128, 8, 64)))  # one for each hidden layer
+    2
     """
     layers = _layers(widths, initialization, gain, bias)
     if layers.biases is None:
@@ -141,7 +150,7 @@ def _layers(
         )
     if not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
         raise ArgumentError(f"gain must be a positive number; found {gain!r}.")
-    fans = list(zip(sizes[:-1], sizes[1:], strict=True))
+    fans = list(itertools.pairwise(sizes))
     weights = (
         np.array([weight_variance(initialization, a, b, gain) for a, b in fans])
         if isinstance(initialization, str)
@@ -271,6 +280,15 @@ def mean_squares(model: nn.Module) -> dict[str, float]:
 
     Exact where all entries are equal (fresh norm layers); elsewhere good to about
     ``sqrt(2 / entries)``. Tied parameters stand under their first name.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> pathlift.theory.mean_squares(model)
+    {'0.weight': 4.0, '2.weight': 9.0}
     """
     return {
         n: float(p.detach().to(torch.float64).square().mean()) if p.numel() else 0.0
@@ -305,6 +323,16 @@ def expected_diagonal(
         PathliftError: the values exceed float64 (:func:`predict_log2_scales` has no such limit).
         ArgumentError: ``squares`` names an unknown parameter or holds a negative value.
         CaptureError: see :func:`pathlift.rescaling_group`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> expected = pathlift.theory.expected_diagonal(model, x, {"0.weight": 4.0, "2.weight": 9.0})
+    >>> {n: float(g) for n, g in expected.items()}
+    {'0.weight': 9.0, '2.weight': 4.0}
     """
     program = _expected_program(capture(model, example_inputs), squares)
     values, shift, _ = diagonal(program, program.training)
@@ -339,6 +367,13 @@ def predict_log2_scales(
 
     Returns:
         ``(num_scales,)`` float64, not rounded, for ``rescaling_group(model, inputs).rescale_``.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> pathlift.theory.predict_log2_scales(model, x).shape
+    torch.Size([32])
     """
     captured = capture(model, example_inputs)
     program = _expected_program(captured, squares)

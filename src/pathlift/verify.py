@@ -19,11 +19,12 @@ from torch.utils import _pytree as pytree
 
 from pathlift.blame import explained, smallest
 from pathlift.capture.inputs import tensors_in
-from pathlift.capture.names import attributes, plain_arithmetic
+from pathlift.capture.names import attributes
 from pathlift.capture.program import Inputs, Program, symbols_in
 from pathlift.errors import RangeError, VerificationError
 from pathlift.homes.home import Home
 from pathlift.homes.snapshot import Snapshot
+from pathlift.surroundings import callers_device, plain_arithmetic
 from pathlift.symmetry.group import RescalingGroup
 from pathlift.tensors.rescale import Undo
 
@@ -62,11 +63,15 @@ class Applied:
         """Buffers that the rescaling moves, which are not compared."""
         return moved_buffers(self.group, self.program)
 
+    def times(self, before: Outputs, now: Outputs) -> float:
+        """The largest change on any process, in units of what rounding may change."""
+        return self.home.worst(excess(before, now, _coarsest(self.program))) / self.slack
+
     def fails(self, before: Outputs, now: Outputs) -> bool:
         """Whether what the model shows has changed by more than it may, on any process."""
         if self.exact:
             return self.home.worst(largest_change(before, now)) > 0
-        return self.home.worst(excess(before, now, _coarsest(self.program))) > self.slack
+        return self.times(before, now) > 1
 
 
 def moved_buffers(group: RescalingGroup, program: Program) -> frozenset[str]:
@@ -97,16 +102,26 @@ def outputs(home: Home, program: Program, moved: frozenset[str] = frozenset()) -
             for one in [inputs, rolled] if mode == own else [rolled]:
                 if mode != own:
                     model.train(mode)
-                torch.manual_seed(0)
+                _seed(model)
                 out = _run(model, one, inputs)
                 own_tensors = attributes(model)
-                follow = {id(own_tensors[n]) for n in program.derived if n in own_tensors}
+                unseen = skipped.union(
+                    id(own_tensors[n]) for n in program.derived if n in own_tensors
+                )
                 left = [*model.buffers(), *own_tensors.values()]
-                seen = [*tensors_in(out), *(t for t in left if id(t) not in skipped | follow)]
+                seen = [*tensors_in(out), *(t for t in left if id(t) not in unseen)]
                 found.append([t.detach().clone() for t in seen if t.layout == torch.strided])
             before.restore()
     home.settle()
     return found
+
+
+def _seed(model: nn.Module) -> None:
+    """The same random numbers for every run; the snapshot puts back the state."""
+    if all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers())):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed notes a traceback per device
+    else:
+        torch.manual_seed(0)
 
 
 def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
@@ -116,7 +131,8 @@ def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
             Tensor, lambda t: t.detach().clone(), (one.args, one.kwargs)
         )
         try:
-            return model(*args, **kwargs)
+            with callers_device():
+                return model(*args, **kwargs)
         except Exception as error:
             if k or inputs is instead:
                 raise VerificationError(
@@ -168,6 +184,25 @@ def compared(applied: Applied, before: Outputs) -> float:
         f"the rescaled network's outputs differ by up to {worst:.3g} although {why}. "
         f"{_reason(applied, before)} The model has been restored; {advice}."
     )
+
+
+def taken_back(applied: Applied, before: Outputs) -> tuple[float, float]:
+    """Take continuous scales back where outputs change by more than rounding explains.
+
+    Returns:
+        The largest change of an output on any process, and the largest in units of what rounding
+        may change; above 1, the scales were taken back.
+    """
+    try:
+        now = _now(applied)
+        worst = applied.home.worst(largest_change(before, now))
+        times = applied.times(before, now)
+    except BaseException:
+        applied.undo()
+        raise
+    if times > 1:
+        applied.undo()
+    return worst, times
 
 
 def _now(applied: Applied) -> Outputs:

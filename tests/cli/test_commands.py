@@ -51,7 +51,7 @@ def test_condition_writes_weights_of_the_same_function(
 ) -> None:
     out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     spec = spec.replace("build", name)
-    assert main(["condition", spec, "--input", "2,4", "-o", str(out), "--json"]) == 0
+    assert main(["condition", spec, "--input", "2,4", "-o", str(out), "--exact", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["num_scales"] == 33 and data["max_output_change"] == 0.0
     plain, conditioned = network(spec, name), network(spec, name)
@@ -62,7 +62,7 @@ def test_condition_writes_weights_of_the_same_function(
     assert not torch.equal(plain[0].weight, conditioned[0].weight)
     # Read back its own output: nothing is left to do.
     arguments = ["condition", spec, "--weights", str(out), "--input", "2,4", "-o", str(again)]
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--exact", "--json"]) == 0
     assert not any(json.loads(capsys.readouterr().out)["log2_scales"])
 
 
@@ -71,6 +71,15 @@ def test_inspect_and_norms(spec: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.startswith("33 free scales\n")
     assert main(["norms", spec, "--input", "1,4", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"path_norm_1", "path_norm_2", "imbalance"}
+
+
+def test_advise(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", spec, "--input", "2,4", "--optimizer", "sgd", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["verdict"] == "likely to help" and data["facts"]["num_scales"] == 33
+    assert data["settings"]["exact"] is False and data["rate_ratio"] == [0.45, 1.5]
+    assert main(["advise", spec, "--input", "2,4", "--optimizer", "adamw"]) == 0
+    assert capsys.readouterr().out.startswith("conditioning  nothing to do\n")
 
 
 class Evil:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -211,6 +212,32 @@ def test_outputs_that_cannot_be_written(
     assert found == 2 and "there is no folder" in line
     found, line = failed(["demo", "-o", str(file / "page")], capsys)
     assert found == 1 and "Not a directory" in line
+
+
+def test_devices_are_no_outputs(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link.safetensors"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for name in (pipe, link, Path(os.devnull)):
+        command = ["condition", f"{file}:build", "--input", "1,4", "-o", str(name)]
+        found, line = failed(command, capsys)
+        assert found == 1 and f"the output '{name}' is a device or a pipe" in line
+    assert pipe.is_fifo() and link.is_symlink() and not Path(os.devnull).is_file()
+
+
+def test_an_error_of_the_disk_names_the_output(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    output = tmp_path / "o.safetensors"
+    monkeypatch.setattr(Path, "open", refused)
+    command = ["condition", f"{file}:build", "--input", "1,4", "-o", str(output)]
+    found, line = failed(command, capsys)
+    assert found == 1 and line.startswith(f"error: Read-only file system: {str(output)!r}.")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

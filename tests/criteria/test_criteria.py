@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_ranges_are_equal_on_both_sides(index: int) -> None:
     torch.testing.assert_close(model(x), twin(x))
     if index == 0:
         layers = [m for m in model if isinstance(m, nn.Linear)]
-        for a, b in zip(layers, layers[1:], strict=False):
+        for a, b in itertools.pairwise(layers):
             rows, columns = a.weight.abs().amax(1), b.weight.abs().amax(0)
             torch.testing.assert_close(rows, columns, rtol=1e-9, atol=0)
 

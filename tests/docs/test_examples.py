@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pathlift.cli import main
-from pathlift.tensors import state as optimizers
+from pathlift.tensors import rules as optimizers
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
@@ -66,7 +66,7 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))
-    rules = {c: dict(r) for c, r in optimizers._RULES.items()}
+    rules = {c: dict(r) for c, r in optimizers.RULES.items()}
     loaded = set(sys.modules)
     names: dict[str, Any] = {"__name__": "__main__"}
     try:
@@ -76,8 +76,8 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             for block in blocks(page):
                 run(block, names, page)
     finally:
-        optimizers._RULES.clear()
-        optimizers._RULES.update(rules)
+        optimizers.RULES.clear()
+        optimizers.RULES.update(rules)
         for name in set(sys.modules) - loaded:
             if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(
                 sys.modules[name].__file__

@@ -35,8 +35,28 @@ def test_every_network_fits_and_conditions_to_the_same_bits(
     norms = sum(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules())
     expected = {"mlp": 2, "convolutional": 8, "resnet18": 20, "autoencoder": 3}[name.split(":")[0]]
     assert norms == (expected if batch_norm or name.startswith("resnet") else 0)
-    report = pathlift.condition_(model, data.inputs)
+    report = pathlift.condition_(model, data.inputs, exact=True)
     assert report.max_output_change == 0 and report.num_scales > 0
+
+
+TEXT = Data("text", torch.arange(16).view(2, 8), torch.arange(16).view(2, 8), 96)
+
+
+def test_a_language_model_reads_what_came_before() -> None:
+    model = build("transformer:8-2", TEXT)
+    out = model(TEXT.inputs)
+    assert out.shape == (2, 96, 8)
+    changed = TEXT.inputs.clone()
+    changed[:, 5] += 1
+    assert torch.equal(model(changed)[..., :5], out[..., :5])
+    assert not torch.equal(model(changed)[..., 6], out[..., 6])
+    assert pathlift.condition_(model, TEXT.inputs).max_output_change == 0
+    assert pathlift.advise(model, TEXT.inputs, "adamw").verdict == "don't"
+    # Rotated positions: a score depends on how far apart two places are.
+    block = model.blocks[0]
+    q, k = torch.randn(2, 1, 2).expand(2, 8, 2)[:, None]
+    scores = block._rotated(q) @ block._rotated(k).transpose(-1, -2)
+    assert torch.allclose(scores.diagonal(2, -2, -1), scores[..., 0, 2].expand(1, 6), atol=1e-5)
 
 
 def test_shapes() -> None:
@@ -64,7 +84,7 @@ def test_initialisation_and_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vgg:8", "mlp", "mlp:", "mlp:a", "mlp:0", "resnet18:2-3", "mlp:-3"]
+    "name", ["vgg:8", "transformer:8", "mlp", "mlp:", "mlp:a", "mlp:0", "resnet18:2-3", "mlp:-3"]
 )
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ArgumentError, match="is unknown. Supported: mlp:64-32"):
@@ -74,6 +94,12 @@ def test_unknown_names(name: str) -> None:
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ArgumentError, match="an autoencoder reconstructs, the others classify"):
         build("mlp:8", FLAT.reconstruction())
+    with pytest.raises(ArgumentError, match="a transformer reads text"):
+        build("mlp:8", TEXT)
+    with pytest.raises(ArgumentError, match="a transformer reads text"):
+        build("transformer:8-2", FLAT)
+    with pytest.raises(ArgumentError, match="a multiple of 8; found width 12"):
+        build("transformer:12-2", TEXT)
     with pytest.raises(ArgumentError, match="has 2 features, which is no square image"):
         build("resnet18:2", Data("pairs", torch.randn(4, 2), torch.zeros(4).long(), 2))
     with pytest.raises(ArgumentError, match="initialization 'zeros' is unknown"):

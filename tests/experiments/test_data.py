@@ -313,3 +313,14 @@ def test_embedded_sets(name: str, count: int, features: int, classes: int) -> No
     assert name == "photographs" or not rows  # some patches of sky are equal
     assert torch.equal(train.inputs, load(name).inputs)
     assert (train.kind == "reconstruction") == (classes == 0)
+
+
+def test_text_is_a_piece_and_what_comes_next() -> None:
+    train, test, whole = (load("python-manual", split=s) for s in ("train", "test", "all"))
+    assert len(train.inputs) + len(test.inputs) == len(whole.inputs) > 3000
+    assert whole.inputs.dtype == torch.int64 and whole.dtype == torch.float32
+    assert torch.equal(whole.inputs[:, 1:], whole.targets[:, :-1])
+    assert torch.equal(whole.inputs[1:, 0], whole.targets[:-1, -1])
+    letters = "\n" + "".join(map(chr, range(32, 127)))
+    text = "".join(letters[k] for k in whole.inputs.flatten().tolist())
+    assert whole.classes == len(letters) and "statement" in text and text.count("?") < 1000

@@ -32,5 +32,9 @@ def test_values_of_options() -> None:
     assert sorted(named["data"]) == sorted(DATA_SETS)
     assert set(named["optimizers"]) == set(OPTIMIZERS) - {"path-sgd"}  # a method
     labelled = Data("images", torch.zeros(4, 64), torch.zeros(4, dtype=torch.int64), 2)
+    fitting = {
+        "autoencoder": Data("images", labelled.inputs, None),
+        "transformer": Data("text", labelled.inputs.long(), labelled.inputs.long(), 2),
+    }
     for name in named["architectures"]:
-        build(name, Data("images", labelled.inputs, None) if name.startswith("auto") else labelled)
+        build(name, fitting.get(name.split(":")[0], labelled))

@@ -20,6 +20,7 @@ from pathlift.experiments.sweep import Place
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
 SHAPES = {
+    "python-manual": ((64,), 96),
     "two-moons": ((2,), 2),
     "digits": ((64,), 10),
     "digits-pixelwise": ((64,), 10),
@@ -63,7 +64,10 @@ def test_every_cell_can_be_built(name: str, small: bool) -> None:
         largest = max(cells, key=lambda c: (len(c.architecture), c.architecture))
         if small or largest.architecture != "resnet18:64":
             shape, classes = SHAPES[largest.data]
-            data = Data(largest.data, torch.zeros(2, *shape), torch.zeros(2).long(), classes)
+            inputs = torch.zeros(2, *shape)
+            if largest.data == "python-manual":
+                inputs = inputs.long()
+            data = Data(largest.data, inputs, torch.zeros(2).long(), classes)
             data = data.reconstruction() if largest.architecture.startswith("auto") else data
             assert (
                 build(largest.architecture, data, batch_norm=largest.norm)(data.inputs).shape[0]

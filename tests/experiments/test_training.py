@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pathlift.errors import ArgumentError
-from pathlift.experiments.architectures import mlp
+from pathlift.experiments.architectures import build, mlp
 from pathlift.experiments.data import Data
 from pathlift.experiments.training import Recondition, epoch_seconds, stacks, train
 
@@ -154,3 +154,19 @@ def test_epoch_seconds_leave_the_model_alone() -> None:
     before = copy.deepcopy(model.state_dict())
     assert epoch_seconds(model, data, rate=0.1, batch=16) > 0
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_text_is_learnt_stacked_and_alone() -> None:
+    """Every place of a piece is a character to be told, as one class of a sample."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 7, (24, 9), generator=generator)
+    data = Data("text", codes[:, :-1], codes[:, 1:], 7)
+    models = [build("transformer:8-1", data, seed=s) for s in range(2)]
+    keywords = {"epochs": 2, "batch": 8, "optimizer": "adamw", "test": data}
+    both, one = (
+        train(models, [0, 1], [0.01, 0.02], data, vectorised=v, **keywords) for v in (True, False)
+    )
+    assert torch.allclose(both.loss, one.loss, rtol=1e-4) and both.loss.dtype == torch.float32
+    assert torch.allclose(both.test_loss, one.test_loss, rtol=1e-4)
+    assert torch.allclose(both.test_accuracy, one.test_accuracy)
+    assert bool((both.loss[:, 1] < both.loss[:, 0]).all())

@@ -6,6 +6,7 @@ import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from pathlift.homes.snapshot import Change, Snapshot
 class Bare(nn.Module):
     """A module to hang things on."""
 
-    limits = {"most": 3}
+    limits: ClassVar = {"most": 3}
     count = 0
 
     def __init__(self, **attributes: object) -> None:

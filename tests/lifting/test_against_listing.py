@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -134,7 +135,7 @@ def test_random_fully_connected_graphs(seed: int, widths: list[int], bias: bool)
         def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList(
-                nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False)
+                nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(widths)
             )
             self.skip = nn.Linear(widths[0], widths[-1], bias=not bias)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_equal_norms_after_every_step() -> None:
         schedule.step(model, x, optimizer)
         torch.testing.assert_close(model(x).detach(), before, rtol=1e-9, atol=1e-12)
         layers = [m for m in model if isinstance(m, nn.Linear)]
-        for a, b in zip(layers, layers[1:], strict=False):
+        for a, b in itertools.pairwise(layers):
             entering = a.weight.square().sum(1) + a.bias.square()
             torch.testing.assert_close(entering, b.weight.square().sum(0), rtol=1e-5, atol=0)
         optimizer.zero_grad()

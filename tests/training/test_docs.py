@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import optim
 
-from pathlift.tensors import state
+from pathlift.tensors import rules
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 
@@ -25,6 +25,6 @@ def test_table() -> None:
             found[name] = entries
     for name, entries in found.items():
         if hasattr(optim, name):
-            known = {k: r.power for k, r in state._RULES[getattr(optim, name)].items()}
+            known = {k: r.power for k, r in rules.RULES[getattr(optim, name)].items()}
             assert entries == known, name
-    assert {c.__name__ for c in state._RULES if c.__module__.startswith("torch.")} <= set(found)
+    assert {c.__name__ for c in rules.RULES if c.__module__.startswith("torch.")} <= set(found)

@@ -145,8 +145,15 @@ def test_the_script_of_the_docs(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(script)
     assert "torchrun --nproc-per-node 2 train.py" in text
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + ["train.py"],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "train.py",
+        ],
         cwd=tmp_path,
         env={
             **os.environ,
@@ -160,4 +167,4 @@ def test_the_script_of_the_docs(tmp_path: Path) -> None:
     # gloo's threads sometimes abort an interpreter that is shutting down.
     aborted = "terminate called without an active exception" in done.stderr
     assert done.returncode == 0 or aborted, done.stderr[-3000:]
-    assert done.stdout.count("identical, bit for bit") == 1
+    assert done.stdout.count("continuous scales") == 1

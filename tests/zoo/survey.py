@@ -3,11 +3,14 @@
     make zoo                      # what is missing in docs/zoo.json, then docs/zoo.md
     python tests/zoo/survey.py --fresh
     python tests/zoo/survey.py --only timm:resnet18 transformers:bert
+    python tests/zoo/survey.py --without solve    # rows that have no such column yet
 
 One process per model, with a time limit. Each model is built without weights, its norms get generic
 statistics and affine parameters, then it is captured and its group inferred (both timed), rescaled
 by random integers in [-2, 2], and every tensor it returns is compared bit for bit in evaluation
-and in training mode.
+and in training mode. Then it is conditioned (not verified), and captured again: *solve* is the
+solver's time, and *reported - measured* the imbalance that the report gives for afterwards, less
+the one that is found on the conditioned model.
 """
 
 from __future__ import annotations
@@ -283,7 +286,26 @@ def survey(name: str) -> dict[str, Any]:
             row[key] = (
                 "identical" if same(before[mode], run_model(model, inputs, mode)) else "DIFFERENT"
             )
-    return row
+    return row | conditioned(model, inputs)
+
+
+def conditioned(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """What conditioning reports, and what a fresh capture of the result measures."""
+    from pathlift import condition_
+    from pathlift.errors import PathliftError
+
+    options = {"verify": False, "on_nothing": "ignore"}
+    try:
+        report = condition_(model, inputs, **options)
+        measured = condition_(model, inputs, exact=True, **options).imbalance_before
+    except PathliftError as error:
+        return {"not conditioned": first_line(error)}
+    return {
+        "solve": report.seconds["solve"],
+        "converged": report.converged,
+        "imbalance": [report.imbalance_before, report.imbalance_after],
+        "reported - measured": report.imbalance_after - measured,
+    }
 
 
 def first_line(error: Exception) -> str:
@@ -312,6 +334,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     crashed = [r for r in rows if "crashed" in r]
     faster = sum(r["inference"] < r["capture"] for r in captured)
     slowest = max(captured, key=lambda r: r["inference"])
+    solved = [r for r in captured if "solve" in r]
     pins = Counter(op for r in captured for op in r["pinned"])
     lines = [
         "# Model zoos",
@@ -324,24 +347,48 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"- outputs different: {len(different)}; crashed: {len(crashed)}",
         f"- inference faster than capture: {faster} of {len(captured)}; slowest inference: "
         f"{slowest['name']}, {slowest['inference']:.2f} s",
+        *_solved_lines(solved),
         "- operations that pin, by number of models: "
         + ", ".join(f"{op} {n}" for op, n in pins.most_common(25)),
         "",
-        "| model | parameters | scales | eval | train | pinned by | capture s | inference s |",
-        "|---|---:|---:|---|---|---|---:|---:|",
+        "| model | parameters | scales | eval | train | pinned by | capture s | inference s | "
+        "solve s | imbalance | reported - measured |",
+        "|---|---:|---:|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
         reason = r.get("crashed") or r.get("not built") or r.get("not captured")
         if reason:
             kind = next(k for k in ("crashed", "not built", "not captured") if k in r)
-            lines.append(f"| {r['name']} | | | {kind}: {cell(reason)} | | | | |")
+            lines.append(f"| {r['name']} | | | {kind}: {cell(reason)} | | | | | | | |")
             continue
         pinned = ", ".join(f"{op} {n}" for op, n in list(r["pinned"].items())[:4])
         lines.append(
             f"| {r['name']} | {r['parameters']:,} | {r['scales']:,} | {cell(r['eval'])} | "
-            f"{cell(r['train'])} | {pinned} | {r['capture']:.2f} | {r['inference']:.3f} |"
+            f"{cell(r['train'])} | {pinned} | {r['capture']:.2f} | {r['inference']:.3f} | "
+            f"{_solved_cells(r)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _solved_lines(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    slowest = max(rows, key=lambda r: r["solve"])
+    far = [r for r in rows if abs(r["reported - measured"]) > 1e-6]
+    return [
+        f"- conditioned: {len(rows)}; solver arrived: {sum(r['converged'] for r in rows)}; slowest "
+        f"solve: {slowest['name']}, {slowest['solve']:.2f} s",
+        f"- imbalance reported and measured differ by more than 1e-6: {len(far)}"
+        + "".join(f", {r['name']} {r['reported - measured']:.1e}" for r in far),
+    ]
+
+
+def _solved_cells(row: dict[str, Any]) -> str:
+    if "solve" not in row:
+        return f"{cell(row.get('not conditioned', ''))} | | "
+    before, after = row["imbalance"]
+    gap = row["reported - measured"]
+    return f"{row['solve']:.2f} | {before:.3f} -> {after:.3f} | {gap:.0e}"
 
 
 def cell(text: str) -> str:
@@ -352,6 +399,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="survey these again")
+    parser.add_argument("--without", metavar="COLUMN", help="survey rows without it again")
     parser.add_argument("--fresh", action="store_true", help="forget earlier rows")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
@@ -367,6 +415,8 @@ def main() -> None:
         else {r["name"]: r for r in json.loads(DATA.read_text())}
     )
     missing = args.only or [n for n in names if n not in known]
+    if args.without:
+        missing = [n for n, r in known.items() if "scales" in r and args.without not in r]
     with ThreadPoolExecutor(args.jobs) as pool:
         for k, row in enumerate(pool.map(isolated, missing), 1):
             known[row["name"]] = row

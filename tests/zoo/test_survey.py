@@ -32,6 +32,7 @@ def test_a_sample_of_the_zoo_keeps_its_bits(name: str) -> None:
     assert row["eval"] == row["train"] == "identical"
     assert row["scales"] > 0
     assert row["inference"] > 0 < row["capture"]
+    assert row["converged"] and abs(row["reported - measured"]) < 1e-6
 
 
 def test_a_wrong_rescaling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

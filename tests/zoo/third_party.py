@@ -108,7 +108,7 @@ def _uncalled(model: nn.Module, inputs: Any) -> str:
 
     with suppress(pathlift.PathliftError):  # it will refuse the called model, too
         pathlift.rescaling_group(model, inputs)
-    found = fake_tensors(model) + [_real(model, inputs, model.training)]
+    found = [*fake_tensors(model), _real(model, inputs, model.training)]
     story = "; ".join(filter(None, found))
     return story and f"in a model never called before: {story}"[:300]
 
@@ -242,8 +242,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| model | parameters | scales | eval | train | report | trace | refused, pinned by, or wrong |",
         "|---|---:|---:|---|---|---|---|---|",
     ]
-    for r in rows:
-        lines.append(_line(r))
+    lines += [_line(r) for r in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -20,19 +20,25 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathlift import operations
+from pathlift.capture.fakes import Fakes
 from pathlift.capture.inputs import as_inputs, doubled, tensors_in
-from pathlift.capture.names import attributes, check_model, named_tensors, plain_arithmetic
+from pathlift.capture.ledger import Ledger, graph_of
+from pathlift.capture.names import attributes, check_model, module_paths, named_tensors
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.reads import Reads
-from pathlift.capture.record import Fakes, Recorder, graph_of, module_paths
-from pathlift.capture.refusals import draws, explained, failed, not_recorded
+from pathlift.capture.record import Recorder
+from pathlift.capture.refusals import differs, draws, explained, failed, not_recorded
+from pathlift.capture.witness import Witness, uncompiled
+from pathlift.collector import uncollected
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
+from pathlift.surroundings import callers_device, plain_arithmetic
 
 # Modules are changed while they are recorded, and torch's modes are global.
 LOCK = threading.RLock()
 
 
+@uncollected
 def capture(
     model: nn.Module, example_inputs: object, source: Source | None = None, *, both: bool = True
 ) -> Program:
@@ -69,6 +75,7 @@ def capture(
         source,
         session.examples,
         session.derived,
+        frozenset(n for r in session.recorders for n in r.folded),
     )
 
 
@@ -95,6 +102,8 @@ class _Session:
         self.state = {id(t) for t in tensors_in((inputs.args, inputs.kwargs))}
         self.buffers = buffers
         self.examples: dict[bool, Inputs] = {}
+        # What the first real call called, by mode.
+        self.seen: dict[bool, list[str] | None] = {}
         self.recorders: list[Recorder] = []
         # Per graph, attributes that forward makes of parameters alone; whether a later call may
         # read one before it is made again.
@@ -104,7 +113,7 @@ class _Session:
     def graphs(self) -> list[Graph]:
         """One graph per mode and per call that differs from the first."""
         later: dict[bool, Snapshot] = {}
-        self.examples = {mode: self.inputs for mode in self.modes}
+        self.examples = dict.fromkeys(self.modes, self.inputs)
         if self.real:
             for mode in self.modes:
                 self.examples[mode] = self._warm_up(mode, later)
@@ -124,14 +133,14 @@ class _Session:
     def release(self) -> None:
         """No fake tensor stays behind anywhere."""
         for recorder in self.recorders:
-            recorder.release()
+            recorder.ledger.release()
 
     def _warm_up(self, mode: bool, later: dict[bool, Snapshot]) -> Inputs:
         """Run for real; note what the call changes, and put the model back."""
         chance = {"Python's random": random.getstate, "NumPy's random": _numpy_state}
         states = {what: read() for what, read in chance.items()}
         try:
-            inputs = self._run(mode)
+            inputs, self.seen[mode] = self._run(mode)
             for what, read in chance.items():
                 if read() != states[what]:
                     raise draws(self.name, what)
@@ -142,22 +151,39 @@ class _Session:
             self.before.restore()
         return inputs
 
-    def _run(self, mode: bool) -> Inputs:
+    def _run(self, mode: bool) -> tuple[Inputs, list[str] | None]:
+        """Run for real on inputs that fit, and what that called (None: it can't be watched)."""
         tries = [self.inputs]
         if mode != self.own and (more := doubled(self.inputs)) is not None:
             tries.append(more)  # a batch norm in train mode refuses a batch of one
-        for k, inputs in enumerate(tries):
-            self.set_mode(mode)
+        for inputs in tries:
             try:
-                with torch.no_grad(), plain_arithmetic():
-                    copies = pytree.tree_map_only(Tensor, _copy, (inputs.args, inputs.kwargs))
-                    self.model(*copies[0], **copies[1])
-                return inputs
-            except Exception as error:
-                if k + 1 == len(tries):
-                    raise failed(self.name, mode, mode == self.own, self.inputs, error) from error
+                return inputs, self._watched(mode, inputs)
+            except Exception:
                 self.before.restore()
+            try:
+                self.set_mode(mode)
+                copied = _copied(inputs)
+                with torch.no_grad(), plain_arithmetic(), callers_device():
+                    self.model(*copied.args, **copied.kwargs)
+                return inputs, None
+            except Exception as error:
+                self.before.restore()
+                if inputs is tries[-1]:
+                    raise failed(self.name, mode, mode == self.own, self.inputs, error) from error
         raise AssertionError
+
+    def _watched(self, mode: bool, inputs: Inputs) -> list[str]:
+        """Run for real, with gradients where the record has none; what that called."""
+        self.set_mode(mode)
+        copied = _copied(inputs)
+        own = {id(t) for t in self._tensors().values()}
+        reads = Reads(lambda tensor: None, True, own)
+        # Fast kernels: they change what is inside of an operation, not which one is called.
+        fast = torch.backends.mkldnn.flags(enabled=torch._C._get_mkldnn_enabled())
+        with _below_autograd(gradients=True), fast, Witness(self.fake.run) as witness, reads:
+            self.model(*copied.args, **copied.kwargs)
+        return witness.seen
 
     def set_mode(self, mode: bool) -> None:
         """The model's own mode is taken as found (a batch norm frozen in eval mode stays so)."""
@@ -165,14 +191,39 @@ class _Session:
             self.model.train(mode)
 
     def _recorded(self, mode: bool, inputs: Inputs, later: Snapshot | None) -> list[Graph]:
-        found = [self._record(mode, inputs, self.before)]
+        found = self._witnessed(mode, inputs, self.before, self.seen.get(mode))
         if later is not None:
             later.restore()
             try:
-                found.append(self._record(mode, inputs, later))
+                found += self._witnessed(mode, inputs, later, None)
             finally:
                 self.before.restore()
         return found
+
+    def _witnessed(
+        self, mode: bool, inputs: Inputs, start: Snapshot, seen: list[str] | None
+    ) -> list[Graph]:
+        """The record of a call from here, held against what a real one calls.
+
+        Two where the gradient mode makes a difference; refused where what is recorded is not what
+        runs.
+        """
+        graph = self._record(mode, inputs, start)
+        if not self.real or self.recorders[-1].seen == seen:
+            return [graph]
+        try:
+            # Once more: what lives in caches and globals was not there the first time.
+            seen = self._watched(mode, inputs)
+        except Exception as error:
+            raise failed(self.name, mode, mode == self.own, self.inputs, error) from error
+        finally:
+            start.restore()
+        if self.recorders[-1].seen == seen:
+            return [graph]
+        other = self._record(mode, inputs, start, gradients=True)
+        if self.recorders[-1].seen == seen:
+            return [graph, other]
+        raise differs(self.name, mode, seen, self.recorders[-1].seen)
 
     def _check_settled(self, start: Snapshot) -> None:
         """After a second call: what still changes must be tensors, which are pinned."""
@@ -186,19 +237,21 @@ class _Session:
                 f"change tensors only. Keep what counts calls outside forward."
             )
 
-    def _record(self, mode: bool, inputs: Inputs, start: Snapshot) -> Graph:
+    def _record(
+        self, mode: bool, inputs: Inputs, start: Snapshot, gradients: bool = False
+    ) -> Graph:
         for _ in range(4):  # each round knows more of what a call changes
             self.set_mode(mode)
             try:
-                recorder, graph = self._recording(mode, inputs)
+                recorder, graph = self._recording(mode, inputs, gradients)
                 old = start.replaced() | (start.tensors() - self.before.tensors())
-                unknown = (start.replaced() | recorder.changed()) - self.state
+                unknown = (start.replaced() | recorder.ledger.changed()) - self.state
                 if start is not self.before:
                     self._check_settled(start)
             finally:
                 start.restore()
-            if not unknown & recorder.read_as_constants():
-                self.stale = self.stale or bool(old & recorder.read_from_outside())
+            if not unknown & recorder.ledger.read_as_constants():
+                self.stale = self.stale or bool(old & recorder.ledger.read_from_outside())
                 return graph
             self.made.pop()
             self.state |= unknown
@@ -207,27 +260,32 @@ class _Session:
             f"behind than the one before. Keep what lives between calls in buffers."
         )
 
-    def _recording(self, mode: bool, inputs: Inputs) -> tuple[Recorder, Graph]:
+    def _recording(self, mode: bool, inputs: Inputs, gradients: bool) -> tuple[Recorder, Graph]:
         model, tensors = self.model, self._tensors()
-        recorder = Recorder(
+        ledger = Ledger(
             self.fake,
-            operations.known,
             {id(t): n for n, t in tensors.items()},
             frozenset(id(p) for n, p in tensors.items() if n in self.floating),
             frozenset(self.state),
         )
+        recorder = Recorder(ledger, operations.known)
         self.recorders.append(recorder)
         symbols: list[Symbol] = []
 
         def faked(tensor: Tensor) -> Tensor:
-            made, symbol = recorder.input(tensor)
+            made, symbol = ledger.input(tensor)
             symbols.append(symbol)
             return made
 
         args, kwargs = pytree.tree_map_only(Tensor, faked, (inputs.args, inputs.kwargs))
         try:
-            with _below_autograd(), module_paths(recorder, model), self.fake, recorder:
-                with Reads(recorder.refuse_values):
+            with (
+                _below_autograd(gradients),
+                module_paths(ledger.module, model),
+                self.fake,
+                recorder,
+            ):
+                with Reads(recorder.refuse_values, gradients, ledger.named):
                     out = model(*args, **kwargs)
                 if recorder.refused is not None:  # the model's own code has caught it
                     raise recorder.refused
@@ -235,9 +293,9 @@ class _Session:
             raise self._refusal(mode, error) from error
         del args, kwargs
         with _below_autograd(), self.fake:
-            outputs, leaving, made = recorder.results(tensors_in(out), attributes(model))
+            outputs, leaving, made = ledger.results(tensors_in(out), attributes(model))
         self.made.append(made)
-        return recorder, graph_of(recorder, mode, symbols, floating(outputs), leaving)
+        return recorder, graph_of(ledger, mode, symbols, floating(outputs), leaving)
 
     def _refusal(self, mode: bool, error: BaseException) -> CaptureError:
         found = explained(self.name, mode, self.inputs, error)
@@ -258,18 +316,29 @@ def _numpy_state() -> tuple[bytes, object]:
     return np.asarray(words).tobytes(), (kind, *rest)
 
 
+def _copied(inputs: Inputs) -> Inputs:
+    """Inputs that a call may write into."""
+    return Inputs(*pytree.tree_map_only(Tensor, _copy, (inputs.args, inputs.kwargs)))
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor.layout == torch.strided else tensor
 
 
 @contextmanager
-def _below_autograd() -> Iterator[None]:
-    """Operations arrive whole, and nothing is kept for a backward pass."""
+def _below_autograd(gradients: bool = False) -> Iterator[None]:
+    """Operations arrive whole, and nothing is kept for a backward pass.
+
+    Args:
+        gradients: what code is told that asks for the gradient mode.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     level = _functorch_level()
     with ExitStack() as stack:
+        stack.enter_context(callers_device())
+        stack.enter_context(uncompiled())
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(plain_arithmetic())
         stack.enter_context(torch._C._AutoDispatchBelowAutograd())
         stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
@@ -308,7 +377,7 @@ def _fake_for_meta(model: nn.Module) -> Iterator[Fakes]:
     Meta tensors would not mix with the inputs and buffers, and what forward makes on their device
     would have no values.
     """
-    mode = Fakes()
+    mode = Fakes(operations.known)
     places = [
         (module, name, parameter)
         for module in model.modules()

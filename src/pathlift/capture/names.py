@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pathlift.errors import ArgumentError, CaptureError
 from pathlift.tensors.shards import local_part
@@ -78,13 +81,6 @@ def _collect(name: str, value: Any, found: dict[str, Tensor], depth: int) -> Non
             _collect(f"{name}[{k}]", one, found, depth - 1)
 
 
-@contextmanager
-def plain_arithmetic() -> Iterator[None]:
-    """The types that the model itself computes in, whatever autocast the caller is in."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
-
 def check_model(model: object, meta: bool = False) -> nn.Module:
     """Raise unless ``model`` is a module with real, initialised, separately stored parameters.
 
@@ -113,6 +109,16 @@ def check_model(model: object, meta: bool = False) -> nn.Module:
                 f"'{name}' is on the meta device and holds no values. Materialise the model "
                 f"(model.to_empty(device=...) and load or initialise weights), then call again."
             )
+        if isinstance(tensor, FakeTensor) and not meta:
+            raise CaptureError(
+                f"'{name}' is a fake tensor and holds no values. Make the model outside "
+                f"FakeTensorMode, then call again."
+            )
+        if tensor.is_inference() and name in parameters:
+            raise CaptureError(
+                f"'{name}' was made in inference mode, outside of which it can't be written. Make "
+                f"the model outside torch.inference_mode(), then call again."
+            )
         if tensor.layout != torch.strided:
             raise CaptureError(
                 f"'{name}' has layout {tensor.layout}; only strided (dense) tensors are "
@@ -135,9 +141,7 @@ def _check_storage(parameters: Mapping[str, Tensor]) -> None:
         for name, p in parts.items()
         if p.numel() and p.untyped_storage().data_ptr()
     )
-    for (base_a, start_a, size_a, a), (base_b, start_b, _, b) in zip(
-        spans, spans[1:], strict=False
-    ):
+    for (base_a, start_a, size_a, a), (base_b, start_b, _, b) in itertools.pairwise(spans):
         if base_a == base_b and start_b < start_a + size_a:
             a, b = sorted((a, b))
             raise CaptureError(
@@ -164,3 +168,29 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def module_paths(running: list[str], model: nn.Module) -> Iterator[None]:
+    """Keep the path of the innermost running module of the model last in ``running``."""
+    thread = threading.get_ident()
+    paths = {id(m): name for name, m in model.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == thread and id(module) in paths:
+            running.append(paths[id(module)])
+
+    def leave(module: nn.Module, args: Any, result: Any) -> None:
+        if threading.get_ident() == thread and id(module) in paths and running:
+            running.pop()
+
+    hooks = nn.modules.module
+    handles = [
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

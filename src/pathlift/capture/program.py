@@ -212,6 +212,8 @@ class Program:
             batch of one in train mode).
         derived: tensors in attributes that every call makes anew of parameters alone (weights of
             pruned layers): they follow the parameters.
+        folded: buffers whose values went into the program: it was computed with them on the way, or
+            Python looked at them.
     """
 
     graphs: tuple[Graph, ...]
@@ -222,6 +224,7 @@ class Program:
     source: Source | None = None
     examples: dict[bool, Inputs] = field(default_factory=dict)
     derived: frozenset[str] = frozenset()
+    folded: frozenset[str] = frozenset()
 
     def value(self, name: str) -> Tensor:
         """The values of a parameter, to be read and then let go; not to be written to."""

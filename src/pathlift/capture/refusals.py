@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 import re
+from types import CodeType
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -28,10 +29,19 @@ _BRANCHES = (
 # What PyTorch says where a model leaves what can be recorded -> what that is, and what to do.
 _KNOWN = (
     (
-        r"HigherOrderOperator (\w+)",
-        r"it uses the higher-order operation '\1', which takes functions as arguments; supported "
-        r"are operations on tensors",
-        "Write it with plain operations, or condition the part of the model before or after it",
+        r"fake_mode.in_kernel_invocation must be False",
+        "it computes in several threads at once, which can't be followed",
+        "Compute in the thread that calls the model",
+    ),
+    (
+        r"__torch__\.torch\.classes",
+        "it computes with objects of PyTorch's own in place of tensors (packed, quantised weights)",
+        "Condition the model before it is quantised",
+    ),
+    (
+        r"passed to FakeTensor.__format__",
+        "it writes the value of a tensor into a text",
+        "Leave that out, or write the tensor's shape",
     ),
     (
         r"not supported for tensor subclasses",
@@ -44,7 +54,8 @@ _KNOWN = (
         "Condition the part of the model before or after it",
     ),
     (
-        r"_nested_tensor_from|NestedTensor|nested tensor|All fake tensor modes must be the same",
+        r"_nested_tensor_from|NestedTensor|nested tensor|All fake tensor modes must be the same"
+        r"|self.shape_env must not be None",
         "it computes with nested tensors, which are not supported",
         "Use padded tensors and a mask",
     ),
@@ -55,16 +66,28 @@ class ValueNeeded(CaptureError):
     """Python asked for the value of a tensor that depends on the inputs."""
 
 
+class HigherOrder(CaptureError):
+    """An operation that takes functions as arguments."""
+
+
 def explained(model: str, mode: bool, inputs: Inputs, error: BaseException) -> CaptureError | None:
     """What stopped a recording; None if the model's own code may have failed."""
     advice = _BRANCHES
     text = str(error)
     if isinstance(error, ValueNeeded):
         why = "it asks for the value of a tensor that depends on its inputs or parameters"
+    elif isinstance(error, HigherOrder):
+        why = (
+            f"it uses the higher-order operation '{error}', which takes functions as arguments; "
+            f"supported are operations on tensors"
+        )
+        advice = (
+            "Write it with plain operations, or condition the part of the model before or after it"
+        )
     elif isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         why = "the size of a tensor, or a branch, depends on values"
     elif isinstance(error, CaptureError):
-        why = text.rstrip(".")
+        why, advice = text.rstrip("."), ""
     else:
         known = ((re.search(p, text), found, advice) for p, found, advice in _KNOWN)
         match, found, advice = next((k for k in known if k[0]), (None, "", advice))
@@ -80,7 +103,7 @@ def explained(model: str, mode: bool, inputs: Inputs, error: BaseException) -> C
             advice = "Register one with torch.library.register_fake"
     return CaptureError(
         f"{model} can't be captured in {_name(mode)} mode on inputs {describe(inputs)}: "
-        f"{why}{_at(error)}. {advice}."
+        f"{why}{_at(error)}." + (f" {advice}." if advice else "")
     )
 
 
@@ -114,6 +137,18 @@ def draws(model: str, what: str) -> CaptureError:
     )
 
 
+def differs(model: str, mode: bool, real: list[str], recorded: list[str]) -> CaptureError:
+    """What was recorded is not what runs: the names of both runs' calls, in order."""
+    k = next((k for k, (a, b) in enumerate(zip(real, recorded, strict=False)) if a != b), None)
+    k = min(len(real), len(recorded)) if k is None else k
+    names = [calls[k] if k < len(calls) else "nothing more" for calls in (real, recorded)]
+    return CaptureError(
+        f"{model} can't be captured in {_name(mode)} mode: its forward looks at what it is run on "
+        f"(the type of a tensor, or a tracer): call {k + 1} is {names[0]} in a real run and "
+        f"{names[1]} on the fake tensors that it is recorded on. Let it do the same for both."
+    )
+
+
 def _name(mode: bool) -> str:
     return "train" if mode else "eval"
 
@@ -121,6 +156,11 @@ def _name(mode: bool) -> str:
 def _at(error: BaseException) -> str:
     line = users_line(error)
     return f" ({line})" if line else ""
+
+
+def in_torch(code: CodeType) -> bool:
+    """Whether code is PyTorch's."""
+    return code.co_filename.startswith(_TORCH)
 
 
 def users_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from pathlift.checkpoint.format import SUFFIX, TensorInfo
 from pathlift.checkpoint.reading import INDEX_NAME, Checkpoint, open_checkpoint
-from pathlift.checkpoint.writing import Shard, as_bytes, write_file, write_folder
+from pathlift.checkpoint.writing import Shard, as_bytes, check_target, write_file, write_folder
 
 __all__ = [
     "INDEX_NAME",
@@ -11,6 +11,7 @@ __all__ = [
     "Shard",
     "TensorInfo",
     "as_bytes",
+    "check_target",
     "open_checkpoint",
     "write_file",
     "write_folder",

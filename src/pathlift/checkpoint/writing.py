@@ -60,12 +60,27 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
+def check_target(path: Path) -> None:
+    """Nothing but a file or a folder is ever replaced: no device, no pipe, also not by a link.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CheckpointError(
+            f"the output '{path}' is a device or a pipe, which can't be written as a whole. Name a "
+            f"file or a folder."
+        )
+
+
 def write_file(path: Path, shard: Shard) -> None:
     """Write one ``.safetensors`` file; at any moment ``path`` is what it was or the new file.
 
     Raises:
-        CheckpointError: a dtype the format has no name for. ``path`` is as it was.
+        CheckpointError: a dtype the format has no name for, or ``path`` is a device. ``path`` is
+            as it was.
     """
+    check_target(path)
     target = path.resolve()  # a link stays a link
     for left in target.parent.glob(f".{_escaped(target.name)}.*.tmp"):
         if _ours(left, target.name):
@@ -86,8 +101,10 @@ def write_folder(path: Path, shards: Sequence[Shard], about: dict[str, Any]) -> 
         about: the metadata of the index; ``total_size`` is set.
 
     Raises:
-        CheckpointError: another process is writing there, or a dtype the format has no name for.
+        CheckpointError: another process is writing there, a dtype the format has no name for, or
+            ``path`` is a device.
     """
+    check_target(path)
     path = path.resolve()
     for left in path.parent.glob(f".{_escaped(path.name)}.*.tmp"):
         if _ours(left, path.name):
@@ -187,7 +204,11 @@ def _temporary_file(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """A locked file beside ``target``, removed unless it was renamed."""
     while True:
         path = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
-        file = path.open("xb")
+        try:
+            file = path.open("xb")
+        except OSError as error:
+            error.filename = str(target)  # the name that means something to the user
+            raise
         if _lock(file.fileno()) and path.exists():  # else taken for an orphan just now
             break
         file.close()

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from pathlift.cli.run import main
+from pathlift.cli import main
 
 sys.exit(main())

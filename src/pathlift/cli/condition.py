@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from argparse import BooleanOptionalAction
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +39,14 @@ def add_arguments(parser: Any) -> None:
     )
     add("--criterion", default="path-kernel", help="path-kernel, weight-norm or range")
     add("--solver", default="newton", help="newton or coordinate")
-    add("--tol", type=float, default=1e-8, help="bound on the certificate (default: 1e-8)")
+    add("--tol", type=float, help="bound on the certificate (default: what suits the criterion)")
     add("--batch-norm", choices=("pinned", "invariant"), default="pinned")
-    add("--no-exact", action="store_true", help="continuous scales, not powers of two")
+    add(
+        "--exact",
+        action=BooleanOptionalAction,
+        help="powers of two, which keep every bit, or continuous scales, which train better from "
+        "scratch (default: continuous; powers of two for weights narrower than float32)",
+    )
 
 
 def run(args: Any) -> dict[str, Any]:
@@ -69,15 +75,15 @@ def run(args: Any) -> dict[str, Any]:
 
 def _checked(args: Any) -> dict[str, Any]:
     """Arguments of ``condition_``, looked at before any model is loaded."""
-    from pathlift.condition import Settings
     from pathlift.criteria import as_criterion
+    from pathlift.settings import Settings
     from pathlift.solve import SOLVERS
 
     options = {
         "criterion": args.criterion,
         "solver": args.solver,
         "tol": args.tol,
-        "exact": False if args.no_exact else None,
+        "exact": args.exact,
         "batch_norm": args.batch_norm,
     }
     Settings(as_criterion(args.criterion), options["exact"], tol=args.tol)

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from pathlift import __version__
-from pathlift.cli import compare, condition, demo, equalize, inspect, norms, reproduce
+from pathlift.cli import (
+    advise,
+    compare,
+    condition,
+    demo,
+    distance,
+    equalize,
+    inspect,
+    norms,
+    reproduce,
+)
 from pathlift.cli.exits import DONE, EXPLAINED, PIPE, code, sentence
 from pathlift.cli.parser import Parser
 from pathlift.cli.quiet import quiet
@@ -19,9 +29,11 @@ from pathlift.text import fitted, width_of
 
 COMMANDS = {
     "inspect": inspect,
+    "advise": advise,
     "condition": condition,
     "equalize": equalize,
     "norms": norms,
+    "distance": distance,
     "demo": demo,
     "compare": compare,
     "reproduce": reproduce,

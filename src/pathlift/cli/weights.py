@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathlift.checkpoint import Shard, as_bytes, open_checkpoint, write_file, write_folder
+from pathlift.checkpoint import (
+    Shard,
+    as_bytes,
+    check_target,
+    open_checkpoint,
+    write_file,
+    write_folder,
+)
 from pathlift.errors import ArgumentError
 
 _PICKLED = (".pt", ".pth", ".bin")
@@ -81,6 +88,7 @@ def check_output(path: Path) -> None:
 
     A file ends in .safetensors; everything else is a folder, but for what means a file.
     """
+    check_target(path)
     file = path.suffix in (".pt", ".pth", ".bin", ".json", ".npz", ".onnx") or path.is_file()
     if path.suffix != ".safetensors" and file:
         raise ArgumentError(

@@ -40,6 +40,16 @@ def fisher(
 
     Raises:
         ArgumentError: no batch, or a batch that is not a pair of tensors.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> batches = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
+    >>> criterion = pathlift.criteria.fisher(model, batches, nn.functional.cross_entropy)
+    >>> report = pathlift.condition_(model, x, criterion=criterion)
+    >>> report.imbalance_after <= report.imbalance_before
+    True
     """
     model = check_model(model)
 

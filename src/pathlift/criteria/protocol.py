@@ -51,14 +51,24 @@ class Criterion:
         hand_on: calls the sink for every parameter; returns the operations a stand-in was used
             for, with counts.
         rate, balanced, objective: see :class:`Coefficients`.
-        exact: whether powers of two serve the criterion where the user does not say.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> def sizes(program, sink):
+    ...     for name, parameter in program.parameters.items():
+    ...         sink(name, parameter.detach().double() ** 4)
+    ...     return {}  # no stand-in was used
+    >>> fourth = pathlift.criteria.Criterion(sizes, rate=4.0, balanced=False)
+    >>> pathlift.condition_(model, x, criterion=fourth).num_scales
+    32
     """
 
     hand_on: Callable[[Program, Sink], dict[str, int]]
     rate: float = -2.0
     balanced: bool = True
     objective: Objective = TOTAL
-    exact: bool = True
 
     def coefficients(self, values: dict[str, Tensor], approximated: dict[str, int]) -> Coefficients:
         """What is known of the objective, with these values."""

@@ -21,6 +21,17 @@ def weight_norm(q: float = 2, biases: bool = True) -> Criterion:
     Args:
         q: positive exponent, 2 by default.
         biases: count biases and other vectors too (the publication does in one variant).
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> report = pathlift.condition_(
+    ...     model, x, criterion=pathlift.criteria.weight_norm(q=1), exact=False)
+    >>> [round(p.item(), 4) for p in model.parameters()]  # both the root of 6
+    [2.4495, 2.4495]
     """
     if isinstance(q, bool) or not isinstance(q, (int, float)) or not 0 < q < math.inf:
         raise ArgumentError(f"q must be a positive finite number; found {q!r}.")

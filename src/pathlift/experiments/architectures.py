@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from pathlift.errors import ArgumentError, unknown
 from pathlift.experiments.data import Data
+from pathlift.experiments.transformer import HEADS, LanguageModel, hidden_units
 
 
 def mlp(widths: Sequence[int], batch_norm: bool = False) -> nn.Sequential:
     """Fully connected ReLU network: ``(N, widths[0]) -> (N, widths[-1])``."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-2], widths[1:-1], strict=True):
+    for fan_in, fan_out in itertools.pairwise(widths[:-1]):
         layers.append(nn.Linear(fan_in, fan_out))
         if batch_norm:
             layers.append(nn.BatchNorm1d(fan_out))
@@ -113,6 +115,8 @@ def widths_of(name: str) -> list[int]:
     sizes = [int(w) for w in text.split("-")]
     if kind == "autoencoder":
         return [*sizes, *sizes[-2::-1]]
+    if kind == "transformer":
+        return [sizes[0], hidden_units(sizes[0])]
     if kind == "convolutional":
         return [sizes[0]] * 3 + [2 * sizes[0]] * 3 + [sizes[0] * 5 // 2] * 2
     return [sizes[0] * 2**k for k in range(4)] if kind == "resnet18" else sizes
@@ -133,9 +137,9 @@ def build(
 
     Args:
         name: ``"mlp:64-32"`` (hidden widths), ``"autoencoder:128-32-8"`` (widths down to the code,
-            mirrored), ``"convolutional:128"`` or ``"resnet18:64"`` (width of the first layers).
-            Inputs are flattened for the first two, and made square one-channel images of for the
-            others where they are flat.
+            mirrored), ``"convolutional:128"`` or ``"resnet18:64"`` (width of the first layers), or
+            ``"transformer:32-2"`` (width and layers), for text. Inputs are flattened for the first
+            two, and made square one-channel images of for the next two where they are flat.
         data: gives the sizes of inputs and outputs.
         batch_norm: put batch norm in front of every hidden ReLU (ResNet-18 has it anyway).
         initialization: ``"pytorch"`` (the modules' own) or ``"kaiming-normal"`` (weights of
@@ -150,11 +154,13 @@ def build(
         sizes = [int(w) for w in widths.split("-")]
     except ValueError:
         sizes = [0]
-    wrong = kind not in _KINDS or min(sizes) < 1 or (kind in _IMAGE_KINDS and len(sizes) != 1)
+    counts = {"transformer": 2, **dict.fromkeys(_IMAGE_KINDS, 1)}
+    wrong = kind not in _KINDS or min(sizes) < 1 or len(sizes) != counts.get(kind, len(sizes))
     if wrong:
         raise ArgumentError(
             f"architecture {name!r} is unknown. Supported: mlp:64-32 (hidden widths), "
-            f"autoencoder:128-32-8 (widths down to the code), convolutional:16, resnet18:8 (width)."
+            f"autoencoder:128-32-8 (widths down to the code), convolutional:16, resnet18:8 "
+            f"(width), transformer:32-2 (width and layers)."
         )
     if initialization not in INITIALIZATIONS:
         raise unknown("initialization", initialization, INITIALIZATIONS)
@@ -163,9 +169,14 @@ def build(
             f"architecture {name!r} does not fit data {data.name!r}, whose task is {data.kind}: "
             f"an autoencoder reconstructs, the others classify."
         )
+    if (kind == "transformer") == data.inputs.is_floating_point():
+        raise ArgumentError(
+            f"architecture {name!r} does not fit data {data.name!r}: a transformer reads text, "
+            f"such as python-manual, and the others do not."
+        )
     torch.manual_seed(seed)
     shape = tuple(data.inputs.shape[1:])
-    model = _image_network if kind in _IMAGE_KINDS else _flat_network
+    model = _MODELS.get(kind, _flat_network)
     network = model(kind, sizes, shape, data, batch_norm)
     if initialization == "kaiming-normal":
         kaiming_normal_(network)
@@ -173,7 +184,7 @@ def build(
 
 
 _IMAGE_KINDS = ("convolutional", "resnet18")
-_KINDS = ("mlp", "autoencoder", *_IMAGE_KINDS)
+_KINDS = ("mlp", "autoencoder", *_IMAGE_KINDS, "transformer")
 
 
 def _flat_network(
@@ -204,6 +215,21 @@ def _image_network(
     else:
         network = fully_convolutional(data.classes, shape[0], sizes[0], batch_norm)
     return nn.Sequential(*front, *network)
+
+
+def _language_model(
+    kind: str, sizes: list[int], shape: tuple[int, ...], data: Data, batch_norm: bool
+) -> nn.Module:
+    width, layers = sizes
+    if width % (2 * HEADS) or batch_norm:
+        raise ArgumentError(
+            f"a transformer has RMS norms and no batch norm, and its width is a multiple of "
+            f"{2 * HEADS}; found width {width}{' and batch norm' if batch_norm else ''}."
+        )
+    return LanguageModel(data.classes, width, layers, shape[0])
+
+
+_MODELS = {"transformer": _language_model, **dict.fromkeys(_IMAGE_KINDS, _image_network)}
 
 
 def kaiming_normal_(model: nn.Module) -> None:

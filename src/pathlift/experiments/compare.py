@@ -218,7 +218,7 @@ def draw_curves(setting: Setting, metric: str = "loss") -> figures.Draw:
         scale = "log" if metric.endswith("loss") else "linear"
         name = metric.replace("_", " ") if metric.startswith("test") else f"training {metric}"
         axes.set(xlabel="epoch", ylabel=name, yscale=scale)
-        _plain_ticks(axes)
+        figures.plain_ticks(axes)
         figures.legend(axes)
 
     return draw
@@ -248,26 +248,10 @@ def draw_rates(setting: Setting) -> figures.Draw:
             axes.set_ylim(top=4 * start)
         axes.set(xlabel="learning rate", ylabel="final training loss", yscale="log")
         figures.ticks(axes, setting.rates)
-        _plain_ticks(axes)
+        figures.plain_ticks(axes)
         figures.legend(axes)
 
     return draw
-
-
-def _plain_ticks(axes: Any) -> None:
-    """0.4, not 4 x 10^-1, on a logarithmic axis that spans little."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
-
-    if axes.get_yscale() != "log":
-        return
-    low, high = axes.get_ylim()
-    decades = range(-12, 12)
-    marks = [m * 10.0**k for k in decades for m in (1, 1.5, 2, 3, 4, 6, 8)]
-    inside = [m for m in marks if low <= m <= high]
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    if len(inside) < 9:
-        axes.yaxis.set_major_locator(FixedLocator(inside))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def draw_speeds(setting: dict[str, Any]) -> figures.Draw:

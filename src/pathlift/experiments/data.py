@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from pathlift.experiments.optional import need
 SPLITS = ("train", "test", "all")
 _HELD_OUT = 5  # of the sets without a test set of their own, one sample in five is held out
 _PATCH = 8
+_PIECE = 64
+# Line feed and printable ASCII; what else there is counts as a question mark.
+_CHARACTERS = {c: k for k, c in enumerate("\n" + "".join(map(chr, range(32, 127))))}
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,10 @@ class Data:
 
     Attributes:
         name: of the set.
-        inputs: (N, *shape), floating point, about zero mean and unit mean square.
-        targets: (N,) int64 classes, or None: the inputs are to be reconstructed.
+        inputs: (N, *shape), floating point, about zero mean and unit mean square; of text
+            (N, T) int64 characters.
+        targets: (N,) int64 classes (of text (N, T), the next characters), or None: the inputs are
+            to be reconstructed.
         classes: number of classes; 0 for reconstruction.
     """
 
@@ -44,6 +50,12 @@ class Data:
     def kind(self) -> str:
         """``"classification"`` or ``"reconstruction"``."""
         return "reconstruction" if self.targets is None else "classification"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and losses."""
+        floats = self.inputs.is_floating_point()
+        return self.inputs.dtype if floats else torch.get_default_dtype()
 
     def reconstruction(self) -> Data:
         """The same inputs, flat and without their classes: (N, features)."""
@@ -67,11 +79,12 @@ def load(
 
     Args:
         name: ``"two-moons"`` (inputs (N, 2)), ``"digits"`` (N, 64), ``"digits-pixelwise"`` (the
-            same, every pixel scaled by itself) and ``"photographs"`` (grey 8x8 patches, (N, 64),
-            reconstruction) need no files; ``"mnist"`` and ``"fashion-mnist"``
-            (N, 1, 28, 28) are read from IDX files, gzipped or not, and ``"cifar10"``
-            (N, 3, 32, 32) from Parquet as data hubs lay it out, the binary version or a
-            ``cifar10.npz``; see :mod:`pathlift.experiments.image_files`.
+            same, every pixel scaled by itself), ``"photographs"`` (grey 8x8 patches, (N, 64),
+            reconstruction) and ``"python-manual"`` (text in pieces of 64 characters: what
+            ``help()`` of this Python shows of its language) need no files; ``"mnist"`` and
+            ``"fashion-mnist"`` (N, 1, 28, 28) are read from IDX files, gzipped or not, and
+            ``"cifar10"`` (N, 3, 32, 32) from Parquet as data hubs lay it out, the binary version
+            or a ``cifar10.npz``; see :mod:`pathlift.experiments.image_files`.
         root: folder with the files, or with a folder that has them. Fashion-MNIST is also looked
             for where Debian's ``dataset-fashion-mnist`` puts it.
         split: ``"train"``, ``"test"`` or ``"all"``, both. Sets without a test set hold out one
@@ -145,6 +158,15 @@ def _photographs() -> Data:
     return Data("photographs", _standardised(torch.cat(found).numpy()), None)
 
 
+def _python_manual() -> Data:
+    """Non-overlapping pieces of the text, (N, 64), each with the piece one character on."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    codes = torch.tensor([_CHARACTERS.get(c, _CHARACTERS["?"]) for c in text], dtype=torch.int64)
+    count = (len(codes) - 1) // _PIECE
+    inputs, targets = (codes[k : k + count * _PIECE].view(count, _PIECE) for k in (0, 1))
+    return Data("python-manual", inputs, targets, len(_CHARACTERS))
+
+
 def _held_out(data: Data, split: str) -> Data:
     """Four fifths or the other fifth, by a shuffle that is always the same; or all, unshuffled."""
     if split == "all":
@@ -168,6 +190,7 @@ _EMBEDDED: dict[str, Callable[[], Data]] = {
     "digits": _digits,
     "digits-pixelwise": _digits_pixelwise,
     "photographs": _photographs,
+    "python-manual": _python_manual,
 }
 DATA_SETS = (*_EMBEDDED, *_FILES)
 _FOLDERS = {

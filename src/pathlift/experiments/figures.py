@@ -78,6 +78,31 @@ def ticks(axes: Any, values: Sequence[float]) -> None:
     axes.set_xticks([], minor=True)
 
 
+# From coarse to fine: what is marked in every decade.
+_MARKS = (
+    (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
+    [1 + k / 2 for k in range(18)],
+    [1 + k / 10 for k in range(90)],
+)
+
+
+def plain_ticks(axes: Any) -> None:
+    """0.4, not 4 x 10^-1, on a logarithmic vertical axis that spans little."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    if axes.get_yscale() != "log":
+        return
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    for marks in _MARKS:
+        inside = [v for k in range(-12, 12) for m in marks if low <= (v := m * 10.0**k) <= high]
+        if len(inside) > 2:
+            break
+    if len(inside) < 9:
+        axes.yaxis.set_major_locator(FixedLocator(inside))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def figure(draw: Draw, size: tuple[float, float] = SIZE) -> Any:
     """A matplotlib figure with one pair of axes, drawn without any window or global state.
 

@@ -82,7 +82,8 @@ def _adamw(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> None:
 
 def _muon(p: Tensor, g: Tensor, slots: Slots, rate: Tensor, step: int) -> None:
     if not _is_matrix(p):
-        return _adam(p, g, slots, rate, step)
+        _adam(p, g, slots, rate, step)
+        return
     buffer = slots["momentum_buffer"].lerp_(g, 1 - _MUON_MOMENTUM)
     direction = _orthogonal(g.lerp(buffer, _MUON_MOMENTUM))
     factor = math.sqrt(max(1.0, p.shape[1] / p.shape[2]))

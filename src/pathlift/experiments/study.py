@@ -183,8 +183,8 @@ def _study_table(
     head = (study.axis, "data", "target", *HEADINGS)
     lines: list[Sequence[str]] = []
     for (x, setting), f in zip(ordered, found, strict=True):
-        for cells in table_rows(f, LABELS):
-            lines.append((f"{x:.3g}", setting.data, f["target"]["text"], *cells))
+        front = (f"{x:.3g}", setting.data, f["target"]["text"])
+        lines += [(*front, *cells) for cells in table_rows(f, LABELS)]
     return Table(head, lines)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy, log_softmax
 
-from pathlift.condition import Conditioner
+from pathlift.conditioner import Conditioner
 from pathlift.errors import ArgumentError, RangeError
 from pathlift.experiments.data import Data
 from pathlift.experiments.optimizers import Rule, Slots, optimizer_named
@@ -279,7 +279,7 @@ class _Stack(_Runs):
         }
         self.skeleton = copy.deepcopy(models[0]).to(device).train()
         self.rule, self.schedules = rule, schedules
-        self.rates = torch.tensor(rates, dtype=data.inputs.dtype, device=device)
+        self.rates = torch.tensor(rates, dtype=data.dtype, device=device)
         self._bench: _Bench | None = None
 
     def epoch_(self, epoch: int, batches: _Batches) -> tuple[Tensor, Tensor]:
@@ -336,7 +336,7 @@ class _Stack(_Runs):
         loss, accuracy = torch.zeros_like(self.rates), torch.zeros_like(self.rates)
         for x, y in _in_order(test):
             out, _ = self.forward(self.parameters, x, None)
-            y = None if y is None else y.expand(self.count, -1)
+            y = None if y is None else y.expand(self.count, *y.shape)
             value, correct = _scores(test.kind, out, x.expand(self.count, *x.shape), y)
             loss += value * len(x)
             accuracy += correct * len(x)
@@ -419,7 +419,7 @@ class _Alone(_Runs):
         self.seconds = torch.zeros(1, dtype=torch.float64)
         self._recondition_("epoch", epoch)
         self.model.train()
-        loss = accuracy = torch.zeros((), dtype=self.data.inputs.dtype, device=self.index.device)
+        loss = accuracy = torch.zeros((), dtype=self.data.dtype, device=self.index.device)
         steps = 0
         for xs, ys in batches.epoch(self.index):
             self._recondition_("step", self.steps)
@@ -494,9 +494,9 @@ def _scores(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor
         return loss, torch.zeros_like(loss, requires_grad=False)
     assert y is not None
     # Classes in the middle: a softmax over ten neighbours in memory is several times slower.
-    logs = log_softmax(out.mT.contiguous(), dim=1)
+    logs = log_softmax(out.movedim(2, 1).contiguous(), dim=1)
     loss = -logs.gather(1, y[:, None]).flatten(1).mean(1)
-    return loss, (out.detach().argmax(-1) == y).to(out.dtype).mean(1)
+    return loss, (out.detach().argmax(2) == y).to(out.dtype).flatten(1).mean(1)
 
 
 def _score(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -511,7 +511,7 @@ class _Record:
     """Curves under construction; entries a run never reaches stay infinite (accuracies 0)."""
 
     def __init__(self, runs: int, epochs: int, data: Data, test: Data | None) -> None:
-        shape, dtype = (runs, epochs), data.inputs.dtype
+        shape, dtype = (runs, epochs), data.dtype
         self.data, self.test = data, test
         self.loss = torch.full(shape, torch.inf, dtype=dtype)
         self.test_loss = self.loss.clone()

@@ -1,7 +1,8 @@
 """When does conditioning help? One table of all settings that were measured, as JSON.
 
 A *gain* is the share by which a method's final training loss is below the baseline's: at each
-method's own best rate, at the baseline's best rate, and at the smallest rate of the grid.
+method's own best rate, at the baseline's best rate, for continuous scales at the rate nearest to
+that times the change of the largest stable rate, and at the smallest rate of the grid.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from pathlift.curvature import curvature
 from pathlift.experiments.architectures import widths_of
 from pathlift.experiments.compare import LABELS
-from pathlift.experiments.exactness import CONTINUOUS, LEAST_SEEDS, NONE, fine, rate_of
+from pathlift.experiments.exactness import CONTINUOUS, ENORM, LEAST_SEEDS, NONE, fine, rate_of
 from pathlift.experiments.exactness import studies as decided
 from pathlift.experiments.methods import loss_of
 from pathlift.experiments.study import Result, Run, Study, Table, stored
@@ -53,6 +54,16 @@ def contrasts() -> dict[str, Study]:
         "-autoencoder-adamw": _study("autoencoder:128-32-8", "adamw", fine(0.0054, 2, 2), **code),
         "-narrow-code": _study("autoencoder:128-32-2", "sgd", fine(1, 2, 2), **code),
         "-wide-middle": _study("mlp:16-256-16", "sgd", fine(0.667, 2, 2)),
+        "-language-adamw": _study(
+            "transformer:32-2",
+            "adamw",
+            [0.003, 0.006, 0.012, 0.024],
+            methods=(NONE, CONTINUOUS, ENORM),
+            data=("python-manual",),
+            samples=1920,
+            batch=16,
+            epochs=2,
+        ),
         "-convolutional": _study("convolutional:8", "sgd", fine(0.1, 2, 2), **kaiming),
         "-convolutional-default": _study("convolutional:8", "sgd", fine(0.3, 2, 2)),
     }
@@ -100,14 +111,17 @@ def entry(setting: Setting, cell: Cell, factor: float) -> dict[str, Any]:
         "imbalance_before": float(base.imbalance.mean()),
         "stable_rate_factor": factor,
         "baseline_rate": rate_of(setting, NONE),
-        "methods": {n: _method(setting, n) for n in setting.runs if n != NONE},
+        "methods": {n: _method(setting, n, factor) for n in setting.runs if n != NONE},
     }
 
 
-def _method(setting: Setting, name: str) -> dict[str, Any]:
+def _method(setting: Setting, name: str, factor: float) -> dict[str, Any]:
     base = setting.rates.index(rate_of(setting, NONE))
+    # The grid's rate where the step is as far from diverging as the baseline's at its best.
+    matched = min(setting.rates, key=lambda r: abs(math.log(r / setting.rates[base] / factor)))
     every = range(len(setting.rates))
     own = rate_of(setting, name)
+    at_matched = _gain(setting, name, [setting.rates.index(matched)], [base])
     return {
         "label": LABELS[name],
         "imbalance_after": float(setting.runs[name].imbalance.mean()),
@@ -115,16 +129,21 @@ def _method(setting: Setting, name: str) -> dict[str, Any]:
         "rate_ratio": own / rate_of(setting, NONE),
         "own_best_rates": _gain(setting, name, every),
         "baseline_best_rate": _gain(setting, name, [base]),
+        **({"matched_rate": at_matched} if name == CONTINUOUS else {}),
         "smallest_rate": _gain(setting, name, [0]),
     }
 
 
-def _gain(setting: Setting, name: str, rates: Sequence[int]) -> dict[str, Any]:
+def _gain(
+    setting: Setting, name: str, rates: Sequence[int], baselines: Sequence[int] | None = None
+) -> dict[str, Any]:
     """The share of the baseline's loss that the method gains, with its interval and its sign.
 
-    The sign is 0 where the interval has both, and None where there are too few seeds for one.
+    The sign is 0 where the interval has both, and None where there are too few seeds for one. The
+    baseline has ``rates`` to choose from, too, or ``baselines``.
     """
-    final = [setting.runs[n].loss[list(rates), :, -1] for n in (name, NONE)]
+    chosen = ((name, rates), (NONE, rates if baselines is None else baselines))
+    final = [setting.runs[n].loss[list(places), :, -1] for n, places in chosen]
     value, interval = difference(final[0], final[1])
     unit = float(final[1].mean(1).min())
     share: Interval = None
@@ -157,6 +176,7 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
             "best rate / baseline's",
             "gain, own best rates",
             "at the baseline's best",
+            "at that times the stable ratio",
         ),
         "at the smallest rate",
     )
@@ -164,14 +184,23 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
     for e in entries:
         network = e["architecture"] + (", batch norm" if e["batch_norm"] else "")
         for m in e["methods"].values():
-            gains = [m[k] for k in ("own_best_rates", "baseline_best_rate", "smallest_rate")]
-            imbalance = f"{e['imbalance_before']:.3f} → {m['imbalance_after']:.3f}"
+            gains = [
+                _shown(m[k]) if k in m else ""
+                for k in ("own_best_rates", "baseline_best_rate", "matched_rate", "smallest_rate")
+            ]
+            imbalance = _fall(e, m, " → ")
             front = (network, e["data"], e["optimizer"], str(e["seeds"]))
             about = (f"{e['width_ratio']:g}", m["label"], imbalance)
             stable = f"{e['stable_rate_factor']:.2g}" if m["label"] == LABELS[CONTINUOUS] else ""
             rates = (stable, f"{m['rate_ratio']:.2g}")
-            lines.append((*front, *about, *rates, *map(_shown, gains)))
+            lines.append((*front, *about, *rates, *gains))
     return Table(head, lines)
+
+
+def _fall(entry: dict[str, Any], method: dict[str, Any], between: str) -> str:
+    """The imbalance before and after, where paths are defined."""
+    values = entry["imbalance_before"], method["imbalance_after"]
+    return "not defined" if math.isnan(values[0]) else between.join(f"{v:.3f}" for v in values)
 
 
 def _shown(gain: dict[str, Any]) -> str:
@@ -192,7 +221,7 @@ def _sentences(entries: Sequence[dict[str, Any]]) -> list[str]:
         norm = ", batch norm" if e["batch_norm"] else ""
         found.append(
             f"{e['architecture']} on {e['data']}, {e['optimizer']}{norm}, continuous: {what} at "
-            f"own best rates ({_shown(gain)}); imbalance {e['imbalance_before']:.3f} to "
-            f"{m['imbalance_after']:.3f}, best rate {m['rate_ratio']:.2g} times the baseline's."
+            f"own best rates ({_shown(gain)}); imbalance {_fall(e, m, ' to ')}, best rate "
+            f"{m['rate_ratio']:.2g} times the baseline's."
         )
     return found

@@ -42,12 +42,17 @@ def difference(old: object, new: object, then: Contents, packages: frozenset[str
         then: what an old container held.
         packages: see :func:`pathlift.homes.faces.faces`.
     """
-    if not _differ(old, new, then, packages, set()):
+
+    def differ(tensors: bool) -> bool:
+        return _Look(then, packages, tensors).differ(old, new)
+
+    if not differ(True):
         return None
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         return "tensor replaced"
     if type(old) is type(new) and not is_plain(old):
-        return f"{type(old).__name__} changed"
+        inside = "" if differ(False) else "tensors in "
+        return f"{inside}{type(old).__name__} changed"
     if old is MISSING:
         return f"added: {_word(new)}"
     if new is MISSING:
@@ -55,47 +60,46 @@ def difference(old: object, new: object, then: Contents, packages: frozenset[str
     return f"{_word(old)} -> {_word(new)}"
 
 
-def _differ(
-    old: object,
-    new: object,
-    then: Contents,
-    packages: frozenset[str],
-    under_way: set[tuple[int, int]],
-) -> bool:
-    if old is new or (id(old), id(new)) in under_way:
-        return False
-    under_way.add((id(old), id(new)))
-    told = [_tells(v, packages) for v in (old, new)]
-    if not any(told):
-        return False  # nothing is known of either: functions, locks, objects of others
-    if type(old) is not type(new):
-        return not (old is MISSING or new is MISSING) or any(told)
-    if is_plain(old):
-        return not (old == new or (old != old and new != new))  # NaN is NaN
-    if isinstance(old, (Tensor, nn.Module, np.ndarray)):
-        return True
-    before = [list(enumerate(sides.parts(old))), *(then(old))]
-    after = [list(enumerate(sides.parts(new)))]
-    after += [face.read(new) for face in sides.faces(new, packages)]
-    if len(before) != len(after):
-        return True
-    return any(
-        _pairs_differ(a, b, then, packages, under_way) for a, b in zip(before, after, strict=True)
-    )
+class _Look:
+    """One comparison.
 
+    Args:
+        then, packages: see :func:`difference`.
+        tensors: whether another tensor in the place of one counts.
+    """
 
-def _pairs_differ(
-    before: Pairs,
-    after: Pairs,
-    then: Contents,
-    packages: frozenset[str],
-    under_way: set[tuple[int, int]],
-) -> bool:
-    old = {key_of(k): v for k, v in before}
-    new = {key_of(k): v for k, v in after}
-    return old.keys() != new.keys() or any(
-        _differ(value, new[key], then, packages, under_way) for key, value in old.items()
-    )
+    def __init__(self, then: Contents, packages: frozenset[str], tensors: bool) -> None:
+        self.then, self.packages, self.tensors = then, packages, tensors
+        self.under_way: set[tuple[int, int]] = set()
+
+    def differ(self, old: object, new: object) -> bool:
+        if old is new or (id(old), id(new)) in self.under_way:
+            return False
+        self.under_way.add((id(old), id(new)))
+        told = [_tells(v, self.packages) for v in (old, new)]
+        if not any(told):
+            return False  # nothing is known of either: functions, locks, objects of others
+        if isinstance(old, Tensor) and isinstance(new, Tensor):
+            return self.tensors
+        if type(old) is not type(new):
+            return not (old is MISSING or new is MISSING) or any(told)
+        if is_plain(old):
+            return not (old == new or (old != old and new != new))  # NaN is NaN
+        if isinstance(old, (nn.Module, np.ndarray)):
+            return True
+        before = [list(enumerate(sides.parts(old))), *(self.then(old))]
+        after = [list(enumerate(sides.parts(new)))]
+        after += [face.read(new) for face in sides.faces(new, self.packages)]
+        if len(before) != len(after):
+            return True
+        return any(self._pairs_differ(a, b) for a, b in zip(before, after, strict=True))
+
+    def _pairs_differ(self, before: Pairs, after: Pairs) -> bool:
+        old = {key_of(k): v for k, v in before}
+        new = {key_of(k): v for k, v in after}
+        return old.keys() != new.keys() or any(
+            self.differ(value, new[key]) for key, value in old.items()
+        )
 
 
 def _tells(value: object, packages: frozenset[str]) -> bool:

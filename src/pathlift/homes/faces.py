@@ -38,6 +38,8 @@ class _Items:
     """Of a dict, whatever its class overrides."""
 
     def read(self, holder: Any) -> Pairs:
+        if not dict.__len__(holder):  # most of a module's: hooks that nobody registered
+            return []
         return list(_dict_class(holder).items(holder))
 
     def write(self, holder: Any, pairs: Pairs) -> None:
@@ -206,8 +208,10 @@ def package(kind: type) -> str:
 
 def same(a: Pairs, b: Pairs) -> bool:
     """Whether both hold the same objects in the same order; no object is asked to compare."""
+    if not a or not b:
+        return not a and not b
     return len(a) == len(b) and all(
-        v is w and (k is q or type(k) is type(q) is int and k == q)
+        v is w and (k is q or (type(k) is type(q) is int and k == q))
         for (k, v), (q, w) in zip(a, b, strict=True)
     )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pathlift.capture.names import check_model
+from pathlift.errors import ArgumentError
 from pathlift.homes.module import ModuleHome
 from pathlift.tensors.shards import groups_of, is_sharded, whole
 
@@ -47,6 +48,21 @@ def home_of(model: nn.Module) -> ModuleHome:
     inner = check_model(model)
     reshard(inner)
     return ShardedHome(model) if has_shards(inner) else ModuleHome(model)
+
+
+def whole_home(model: nn.Module) -> ModuleHome:
+    """The home of a module whose parameters all lie on this process.
+
+    Raises:
+        ArgumentError: they are sharded.
+        ArgumentError, CaptureError: see :func:`pathlift.capture.check_model`.
+    """
+    if has_shards(check_model(model)):
+        raise ArgumentError(
+            "the model's parameters are sharded; what was captured can be reused, saved and loaded "
+            "for models that are whole on one process. Make a Conditioner of this one."
+        )
+    return ModuleHome(model)
 
 
 class ShardedHome(ModuleHome):

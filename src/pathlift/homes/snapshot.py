@@ -2,19 +2,18 @@
 
 Remembered are, for every module of the tree and every object of the model's own code that it
 reaches: the attributes, once per container the entries (lists, dicts, sets, deques, also in
-classes), and the values of buffers, plain tensors, arrays and random generators. Of parameters it
-remembers which they are and where their memory is, not the values: no call that a snapshot guards
-writes to them, and they may be large. Nothing is compared but by identity or by bytes, so objects
-that refuse a comparison do no harm.
+classes), what its functions keep, and the values of buffers, plain tensors, arrays and random
+generators. Of parameters it remembers which they are and where their memory is, not the values: no
+call that a snapshot guards writes to them, and they may be large. Nothing is compared but by
+identity or by bytes, so objects that refuse a comparison do no harm.
 
-Not seen: closures, module globals, caches inside functions, state kept in C.
+Not seen: functions of other files, caches around functions, state kept in C.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, ModuleType
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from pathlift.homes import faces as sides
 from pathlift.homes.differences import MISSING, difference, is_plain, key_of
 from pathlift.homes.faces import Face, Pairs
+from pathlift.homes.functions import FUNCTION, beside
 from pathlift.homes.memory import Memory, TensorState
 
 # Packages whose classes keep nothing of a model.
@@ -127,10 +127,19 @@ class Snapshot:
                 inner += self._hold(value, face, place)
             if not found:
                 self._put_back += [partial(put, get()) for get, put in _stateful(value)]
-            if issubclass(type(value), nn.Module):
+            if isinstance(value, FunctionType):
+                if _top(value) in self._packages:
+                    inner += self._hold(value, FUNCTION, place)
+                    inner += [(v, place) for v in beside(value)]
+            elif issubclass(type(value), nn.Module):
                 inner += [(c, _Place(place.path, c.__name__)) for c in type(value).__mro__]
             elif isinstance(value, type) and sides.package(value) not in _OTHERS:
                 inner += self._hold(value, sides.CLASS, place)
+                inner += [
+                    (f, _Place(place.path, f"{place.attribute}.{n}"))
+                    for n, f in vars(value).items()
+                    if isinstance(f, FunctionType)
+                ]
             waiting += reversed(inner)
 
     def _hold(self, value: object, face: Face, place: _Place) -> list[tuple[object, _Place]]:
@@ -150,20 +159,14 @@ class Snapshot:
         What has not changed is not written to. If something can't be put back, everything else
         still is, and its error is raised at the end.
         """
-        with ExitStack() as stack:  # calls the last first
-            for call in self._put_back:
-                stack.callback(call)
-            stack.callback(self._restore_tensors)
-            for holder in self._holders():
-                stack.callback(holder.restore)
-
-    def _restore_tensors(self) -> None:
-        with ExitStack() as stack:
-            for state, _ in self._tensors.values():
-                stack.callback(state.look_again)
-            stack.callback(self._memory.restore)
-            for state, _ in self._tensors.values():
-                stack.callback(state.put_back)
+        states = [state for state, _ in self._tensors.values()]
+        _all(
+            *(held.restore for held in reversed([*self._holders()])),
+            *(state.put_back for state in states),
+            self._memory.restore,
+            *(state.look_again for state in states),
+            *reversed(self._put_back),
+        )
 
     def changed(self) -> list[Change]:
         """What differs now: plain values (numbers, strings, None, containers of them), and tensors.
@@ -228,9 +231,26 @@ class Snapshot:
         self.restore()
 
 
+def _all(*calls: Callable[[], object]) -> None:
+    """Make every call; what the last one raised that failed is raised at the end."""
+    failed: BaseException | None = None
+    for call in calls:
+        try:
+            call()
+        except BaseException as error:
+            failed = error
+    if failed is not None:
+        raise failed
+
+
 def _may_hold(value: object) -> bool:
     """Whether there is anything to remember of a value beyond which it is."""
-    return not (is_plain(value) or isinstance(value, (FunctionType, ModuleType)))
+    return not (is_plain(value) or isinstance(value, ModuleType))
+
+
+def _top(function: FunctionType) -> str:
+    """Top-level package of a function."""
+    return str(function.__module__).partition(".")[0]
 
 
 def _global_hooks() -> list[tuple[str, dict[Any, Any]]]:
@@ -259,6 +279,7 @@ def _stateful(value: object) -> Iterator[_State]:
 def _random_states(devices: set[torch.device]) -> Iterator[_State]:
     """Grad mode and the random states of this process, and those of the tensors' devices."""
     yield torch.is_grad_enabled, torch.set_grad_enabled
+    yield torch.get_default_dtype, torch.set_default_dtype
     yield random.getstate, random.setstate
     yield np.random.get_state, np.random.set_state
     yield torch.get_rng_state, torch.set_rng_state

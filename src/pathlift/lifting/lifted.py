@@ -11,6 +11,7 @@ depth and no initial scale leaves float64. Powers of two are exact, so this cost
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,13 @@ from torch import Tensor
 from pathlift import operations
 from pathlift.capture.program import Call, Graph, Program, Symbol, call, symbols_in
 from pathlift.capture.walk import walk
+from pathlift.collector import uncollected
 from pathlift.errors import UnsupportedOperationError
 from pathlift.lifting.parameters import DroppedParameters, KeptParameters, rescaled
 from pathlift.lifting.samples import Statistics
 from pathlift.lifting.values import Lifted, Squares
 from pathlift.operations.table import TABLE, NoPaths, Operation, Undescribed, described
+from pathlift.surroundings import plain_arithmetic
 from pathlift.tensors.product import Product, dense
 
 assert operations  # importing the package fills the table
@@ -52,6 +55,8 @@ class LiftedPass:
     approximated: dict[str, int]
 
 
+@plain_arithmetic()
+@uncollected
 def lifted_pass(
     program: Program,
     training: bool,
@@ -302,11 +307,11 @@ def _number(value: Any, default: float) -> float:
 
 def _weights(graph: Graph) -> set[Symbol]:
     """Parameters whose one use is as the weight of a linear map."""
-    names = list(graph.tensors.values())
+    names = Counter(graph.tensors.values())
     return {
         symbol
         for symbol, name in graph.tensors.items()
-        if names.count(name) == 1
+        if names[name] == 1
         and len(symbol.shape) == 2
         and symbol not in graph.leaving
         and [c.name for c in graph.uses.get(symbol, ())] == ["linear"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pathlift.capture.model import capture
 from pathlift.errors import ArgumentError, PathliftError
 from pathlift.lifting.lifted import LiftedPass, diagonal, lifted_pass
+from pathlift.surroundings import apart
 
 
 class PathNorm:
@@ -27,19 +28,34 @@ class PathNorm:
 
     Raises:
         ArgumentError, CaptureError: see :func:`path_norm`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> norm = pathlift.PathNorm(model, x)
+    >>> loss = 0.1 * norm()
+    >>> loss.backward()  # d |2 * 3| / d 2 = 3
+    >>> round(float(model[0].weight.grad), 6)
+    0.3
     """
 
+    @apart
     def __init__(self, model: nn.Module, example_inputs: object, p: float = 1) -> None:
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not 1 <= p < math.inf:
             raise ArgumentError(f"p must be a finite number of at least 1; found {p!r}.")
         self.p = p
         self._program = capture(model, example_inputs)
 
+    @apart
     def __call__(self) -> Tensor:
         """``||Phi||_p``, a float64 scalar, differentiable in the model's parameters."""
         result = self._run()
         return self._root(result.total, result.shift)
 
+    @apart
     def per_output(self) -> list[Tensor]:
         """The norm over the paths that end at each output coordinate.
 
@@ -71,6 +87,7 @@ def path_norm(
 ) -> Tensor: ...
 
 
+@apart
 def path_norm(
     model: nn.Module, example_inputs: object, p: float = 1, differentiable: bool = False
 ) -> float | Tensor:
@@ -94,6 +111,15 @@ def path_norm(
     Raises:
         UnsupportedOperationError: an operation without paths (softmax, GELU …).
         ArgumentError, CaptureError: see :func:`pathlift.rescaling_group`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> pathlift.path_norm(model, x, p=1)  # one path, of weight 2 * 3
+    6.0
     """
     norm = PathNorm(model, example_inputs, p)
     if differentiable:
@@ -107,6 +133,7 @@ def path_norm(
     return float(2.0**log2) if log2 < 1024 else math.inf
 
 
+@apart
 def path_magnitude(model: nn.Module, example_inputs: object, p: float = 1) -> dict[str, Tensor]:
     """What each parameter entry carries of ``||Phi||_p^p``: its rescaling-invariant magnitude.
 
@@ -120,6 +147,15 @@ def path_magnitude(model: nn.Module, example_inputs: object, p: float = 1) -> di
 
     Raises:
         UnsupportedOperationError, ArgumentError, CaptureError: see :func:`path_norm`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> [float(m) for m in pathlift.path_magnitude(model, x).values()]  # the one path passes both
+    [1.0, 1.0]
     """
     program = PathNorm(model, example_inputs, p)._program
     with torch.enable_grad():
@@ -137,6 +173,7 @@ def path_magnitude(model: nn.Module, example_inputs: object, p: float = 1) -> di
     }
 
 
+@apart
 def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, Tensor]:
     """The diagonal of ``G = dPhi^T dPhi``: ``g_i = sum_paths (dPhi_path / dtheta_i)^2``.
 
@@ -153,6 +190,15 @@ def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, 
         PathliftError: the values exceed float64 (:func:`pathlift.condition_` does not need them
             and has no such limit).
         ArgumentError, CaptureError: see :func:`pathlift.rescaling_group`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> {n: float(g) for n, g in pathlift.path_kernel_diagonal(model, x).items()}
+    {'0.weight': 9.0, '2.weight': 4.0}
     """
     program = capture(model, example_inputs)
     found, shift, _ = diagonal(program, program.training, repeats=True)
@@ -181,6 +227,10 @@ def imbalance(diagonal: Mapping[str, Tensor]) -> float:
 
     Raises:
         ArgumentError: negative or non-finite entries.
+
+    >>> import pathlift, torch
+    >>> pathlift.imbalance({"a": torch.tensor([9.0]), "b": torch.tensor([4.0])})  # log(6.5 / 6)
+    0.080...
     """
     count, log_sum = 0, 0.0
     peaks = []

@@ -59,6 +59,13 @@ def ntk_spectrum(model: nn.Module, inputs: object, k: int | None = None) -> Tens
         ArgumentError: ``model``, ``inputs`` or ``k`` has the wrong type or value, there is no
             trainable parameter or no floating-point output, or the model draws random numbers
             (dropout in train mode), so that it has no one Jacobian.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> pathlift.lifting.ntk.ntk_spectrum(model, torch.randn(5, 4)).shape  # 5 samples of 2 outputs
+    torch.Size([10])
     """
     model = check_model(model)
     with preserved(model), torch.no_grad():
@@ -89,6 +96,10 @@ def condition_number(eigenvalues: Tensor, *, on_range: bool = False) -> float:
 
     Raises:
         ArgumentError: not a non-empty vector of finite, non-negative numbers.
+
+    >>> import pathlift, torch
+    >>> pathlift.lifting.ntk.condition_number(torch.tensor([8.0, 4.0, 2.0]))
+    4.0
     """
     values = torch.as_tensor(eigenvalues).detach().to("cpu", torch.float64)
     if values.dim() != 1 or not values.numel():

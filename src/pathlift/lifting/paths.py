@@ -56,6 +56,16 @@ class Paths:
         theta: ``(parameters,)``, all floating-point parameters, flattened and joined, in float64.
         columns: parameter name -> its part of ``theta``; tied parameters stand under their first
             name.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> paths = pathlift.lifting.dense.list_paths(model, x)
+    >>> len(paths), paths.theta.tolist(), paths.entries.tolist()
+    (1, [2.0, 3.0], [[0, 1]])
     """
 
     coefficients: Array
@@ -110,6 +120,15 @@ def list_paths(model: nn.Module, example_inputs: object, *, max_paths: int = 100
         UnsupportedOperationError: an operation without paths, or that this listing does not know.
         PathliftError: more than ``max_paths`` paths end in one of the activations.
         ArgumentError, CaptureError: see :func:`pathlift.rescaling_group`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> pathlift.lifting.dense.list_paths(model, x).lifting().tolist()
+    [6.0]
     """
     if isinstance(max_paths, bool) or not isinstance(max_paths, int) or max_paths < 1:
         raise ArgumentError(f"max_paths must be a positive integer; found {max_paths!r}.")
@@ -132,6 +151,15 @@ def path_lifting(model: nn.Module, example_inputs: object, *, max_paths: int = 1
     """``Phi``: the weight of every path, with sign, ``(paths,)`` in float64.
 
     Arguments and errors: :func:`list_paths`. A rescaling does not change it.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> pathlift.lifting.dense.path_lifting(model, x).tolist()
+    [6.0]
     """
     return torch.from_numpy(list_paths(model, example_inputs, max_paths=max_paths).lifting())
 
@@ -145,6 +173,15 @@ def path_jacobian(model: nn.Module, example_inputs: object, *, max_paths: int = 
     Raises:
         PathliftError: more than ``2**28`` entries (2 GiB).
         And see :func:`list_paths`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> pathlift.lifting.dense.path_jacobian(model, x).tolist()
+    [[3.0, 2.0]]
     """
     return torch.from_numpy(_dense(list_paths(model, example_inputs, max_paths=max_paths)))
 
@@ -157,6 +194,15 @@ def path_gram(model: nn.Module, example_inputs: object, *, max_paths: int = 100_
     ``theta' = D theta`` makes it ``D^-1 G D^-1``.
 
     Arguments and errors: :func:`list_paths`, columns as in :func:`path_jacobian`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> pathlift.lifting.dense.path_gram(model, x).tolist()
+    [[9.0, 6.0], [6.0, 4.0]]
     """
     jacobian = list_paths(model, example_inputs, max_paths=max_paths).jacobian()
     count = jacobian.shape[1]
@@ -178,6 +224,15 @@ def path_kernel_spectrum(
     (``1e-16`` of the largest singular value, so ``1e-32`` of the largest eigenvalue).
 
     Arguments and errors: :func:`list_paths` and :func:`path_jacobian`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> [round(float(v), 6) for v in pathlift.lifting.dense.path_kernel_spectrum(model, x)]
+    [13.0]
     """
     jacobian = _dense(list_paths(model, example_inputs, max_paths=max_paths))
     return torch.from_numpy(_singular_values(jacobian) ** 2)
@@ -213,6 +268,15 @@ def logdet_divergence(
     Raises:
         ArgumentError: ``alpha`` is not a positive number.
         And see :func:`list_paths` and :func:`path_jacobian`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(2), model[2].weight.fill_(3)
+    >>> x = torch.zeros(1, 1)
+    >>> round(pathlift.lifting.dense.logdet_divergence(model, x), 6)  # one eigenvalue: alpha is it
+    0.0
     """
     if alpha is not None and (
         isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf

@@ -28,6 +28,14 @@ def path_magnitude_masks(
     Raises:
         ArgumentError: ``amount`` out of range.
         UnsupportedOperationError, CaptureError: see :func:`pathlift.path_norm`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> masks = pathlift.path_magnitude_masks(model, x, amount=0.75)
+    >>> int(sum(m.sum() for m in masks.values())), sum(m.numel() for m in masks.values())
+    (48, 192)
     """
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount < 1:
         raise ArgumentError(f"amount must be a share of at least 0 and below 1; found {amount!r}.")
@@ -58,6 +66,14 @@ def prune_by_path_magnitude_(
 
     Raises:
         ArgumentError, UnsupportedOperationError, CaptureError: see :func:`path_magnitude_masks`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> _ = pathlift.prune_by_path_magnitude_(model, x, amount=0.75)
+    >>> int((model[0].weight != 0).sum() + (model[2].weight != 0).sum())
+    48
     """
     masks = path_magnitude_masks(model, example_inputs, amount, p)
     for name, mask in masks.items():

@@ -8,16 +8,18 @@ section 1). The program is run on the example inputs; the model and its statisti
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pathlift.capture.names import plain_arithmetic
 from pathlift.capture.program import Call, Graph, Program, Symbol, call
 from pathlift.capture.walk import walk
 from pathlift.operations.normalization import epsilon, is_batch_norm
+from pathlift.surroundings import plain_arithmetic
 
 # A call of a batch norm -> mean and variance of each channel.
 Statistics = dict[Call, tuple[Tensor, Tensor]]
@@ -39,7 +41,7 @@ def batch_statistics(program: Program, training: bool) -> Statistics:
     )
     found: Statistics = {}
     wanted = {graph.calls[k] for k in untouched}
-    with torch.no_grad(), plain_arithmetic(), torch.random.fork_rng(devices=()):
+    with torch.no_grad(), plain_arithmetic(), _one_draw():
         walk(start, _Values(program, wanted, found))
     return found
 
@@ -59,7 +61,7 @@ def variance_room(program: Program) -> dict[str, Tensor]:
     if not norms:
         return {}
     measured: Statistics = {}
-    with torch.no_grad(), plain_arithmetic(), torch.random.fork_rng(devices=()):
+    with torch.no_grad(), plain_arithmetic(), _one_draw():
         walk(graph, _Values(program, set(norms), measured))
     found: dict[str, Tensor] = {}
     for one in norms:
@@ -68,6 +70,14 @@ def variance_room(program: Program) -> dict[str, Tensor]:
         room = (variance / (1e4 * epsilon(one))).clamp_min(1e-300).log2()
         found[name] = torch.minimum(found[name], room) if name in found else room
     return found
+
+
+@contextmanager
+def _one_draw() -> Iterator[None]:
+    """The same random numbers every time (dropout), and the caller's generator left as it was."""
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 def _untouched(program: Program, graph: Graph, one: Call) -> bool:
@@ -80,7 +90,8 @@ def _untouched(program: Program, graph: Graph, one: Call) -> bool:
     counter = program.buffers.get(f"{str(names[0]).rpartition('.')[0]}.num_batches_tracked")
     if counter is not None and bool(counter):
         return False
-    return not bool(mean.any()) and bool((variance == 1).all())
+    # With a counter at zero a variance other than 1 is one that a rescaling has moved.
+    return not bool(mean.any()) and (counter is not None or bool((variance == 1).all()))
 
 
 class _Values:

@@ -76,7 +76,8 @@ def leaf(shape: Sequence[int], first: int) -> Table:
     return Table(tuple(shape), np.arange(size), np.ones(size), entries)
 
 
-UNIT = constant(torch.ones(()))
+# One path without parameters.
+UNIT = Table((), np.zeros(1, np.int64), np.ones(1), np.zeros((1, 0), np.int64))
 
 
 def _widened(entries: Indices, width: int) -> Indices:

@@ -106,8 +106,10 @@ class Squares:
         if len(shifts) > 1:  # the shift of zeros says nothing
             live = (s for s in shifts if any(v.shift == s and bool(v.tensor.any()) for v in lifted))
             top = next(live, 0)
+        # What lies above the common shift is zeros, whose gradient moves all the same.
+        limit = math.frexp(torch.finfo(self.dtype).max)[1] - 1
         return [
-            v.tensor if v.shift == top else v.tensor * 2.0 ** max(min(v.shift - top, 0), -1000)
+            v.tensor if v.shift == top else v.tensor * 2.0 ** max(min(v.shift - top, limit), -1000)
             for v in lifted
         ], top
 

@@ -81,14 +81,14 @@ def _product_scales(inf: Any, x: Any, y: Any, sign: int) -> Any:
     if not isinstance(x, Value):
         return inf.form(y).scaled(sign)
     shape = torch.broadcast_shapes(x.shape, y.shape)
-    if x.zero or y.zero and sign > 0:
+    if x.zero or (y.zero and sign > 0):
         return Value(shape, Form(shape), zero=True)
     for factor, other in ((x, y), (y, x)) if sign > 0 else ((x, y),):
         # A parameter times a pinned tensor (a pruning mask) is still as free as the parameter.
         new = inf.is_new(factor) and factor.shape == shape and not inf.is_new(other)
         if new and inf.form(other).pinned:
             return factor
-    if sign < 0 or inf.is_new(x) and inf.is_new(y):
+    if sign < 0 or (inf.is_new(x) and inf.is_new(y)):
         a, b = inf.elementwise_form(x).expand(shape), inf.elementwise_form(y).expand(shape)
         return add_forms(a, b.scaled(sign))
     operands = [(v, range(len(shape) - len(v.shape), len(shape))) for v in (x, y)]

@@ -33,6 +33,7 @@ from pathlift.quantization.report import EqualizationReport, LayerRow, Spread, s
 from pathlift.quantization.search import Asked, Search, bounds, names_of
 from pathlift.quantization.terms import Term
 from pathlift.solve.matrix import Array
+from pathlift.surroundings import apart
 from pathlift.symmetry.group import infer_group
 from pathlift.tensors.rescale import rescale_
 from pathlift.tensors.shards import is_sharded
@@ -45,6 +46,7 @@ _SLACK = 100.0
 _ABSORBED = 0.1
 
 
+@apart
 def equalize_(
     model: nn.Module,
     example_inputs: object,

@@ -18,10 +18,10 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from pathlift.capture.inputs import tensors_in
-from pathlift.capture.names import plain_arithmetic
 from pathlift.capture.program import Inputs, Program
 from pathlift.errors import ArgumentError
 from pathlift.quantization.layers import Convolution, weights
+from pathlift.surroundings import plain_arithmetic
 
 # Samples of the example inputs that sensitivities are averaged over: fewest and most, and how many
 # derivatives are affordable in all.

@@ -63,18 +63,18 @@ class LayerTable(list[LayerRow]):
         """Headings and cells as text."""
         head = ("weight", "range", "after", "median bits lost", "after", "SQNR dB", "after")
         lines: list[tuple[str, ...]] = [head]
-        for row in self:
-            lines.append(
-                (
-                    row.name,
-                    f"{row.before.highest:.3g}",
-                    f"{row.after.highest:.3g}",
-                    f"{row.before.bits_lost:.2f}",
-                    f"{row.after.bits_lost:.2f}",
-                    f"{row.sqnr_before:.1f}",
-                    f"{row.sqnr_after:.1f}",
-                )
+        lines += [
+            (
+                row.name,
+                f"{row.before.highest:.3g}",
+                f"{row.after.highest:.3g}",
+                f"{row.before.bits_lost:.2f}",
+                f"{row.after.bits_lost:.2f}",
+                f"{row.sqnr_before:.1f}",
+                f"{row.sqnr_after:.1f}",
             )
+            for row in self
+        ]
         return lines
 
     def __str__(self) -> str:

@@ -54,6 +54,12 @@ class Assembled:
         """The problem's products, made once."""
         return Operator(self.problem, self.objective)
 
+    def with_dead_at(self, place: Array) -> Assembled:
+        """The same with dead scales held at ``place`` ``(H,)``, not at 0."""
+        lower, upper = self.problem.lower.copy(), self.problem.upper.copy()
+        lower[self.dead] = upper[self.dead] = place[self.dead]
+        return replace(self, problem=replace(self.problem, lower=lower, upper=upper))
+
     def imbalance(self, scales: Array) -> float:
         """``log(AM/GM)`` of the coefficients, per counted entry, after rescaling by ``scales``.
 
@@ -111,14 +117,16 @@ def assemble_from(
     lower: Array,
     upper: Array,
     store: Store = as_is,
+    frozen_count: bool = False,
 ) -> tuple[Assembled, dict[str, int]]:
     """Like :func:`assemble`, a parameter at a time: no coefficients are kept.
 
-    ``store``: where the reduced matrices are put; see :class:`Problem`.
+    ``store``: where the reduced matrices are put; see :class:`Problem`. ``frozen_count``: so do
+    parameters that are not trained.
 
     Also returns the operations a stand-in was used for, with counts.
     """
-    trainable = {n: p.requires_grad for n, p in program.parameters.items()}
+    trainable = {n: p.requires_grad or frozen_count for n, p in program.parameters.items()}
     largest = criterion.objective.largest
     sums: dict[str, Sums] = {}
 

@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy import optimize, sparse
+from scipy import sparse
 
 from pathlift.solve.matrix import Array, BoolArray
 from pathlift.solve.operator import Evaluation, Operator, certificate, operator_of, solution
@@ -340,4 +340,32 @@ def _root_by_bracket(total_at: Callable[[float], float]) -> float:
         low, high, width = high, min(high + width, 1000.0), 2.0 * width
     if not excess(low) * excess(high) < 0:
         return float(np.exp2(low if abs(excess(low)) < abs(excess(high)) else high))
-    return float(np.exp2(optimize.brentq(excess, low, high, xtol=1e-15, rtol=1e-14)))
+    return float(np.exp2(_falling_root(excess, low, high)))
+
+
+def _falling_root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a falling function of which both ends are known to differ in sign is 0.
+
+    Regula falsi; the value at an end that stays is halved (the Illinois rule, Dowell and Jarratt,
+    BIT 1971), so that both ends close in.
+    """
+    at_low, at_high = function(low), function(high)
+    stayed = 0
+    while high - low > 1e-14 * max(1.0, abs(low), abs(high)):
+        middle = (low * at_high - high * at_low) / (at_high - at_low)
+        if not low < middle < high:
+            middle = 0.5 * (low + high)
+            if not low < middle < high:
+                break
+        value = function(middle)
+        if value == 0:
+            return middle
+        if value > 0:
+            low, at_low = middle, value
+            at_high = at_high / 2 if stayed > 0 else at_high
+            stayed = 1
+        else:
+            high, at_high = middle, value
+            at_low = at_low / 2 if stayed < 0 else at_low
+            stayed = -1
+    return low if abs(at_low) < abs(at_high) else high

@@ -141,8 +141,9 @@ class Operator:
         self._pairs: tuple[_Pairs, ...] | None = None
         self._exponents: dict[float, sparse.csr_array] | None = None
         self._bound: sparse.csr_array | None = None
+        # What coordinate descent and the preconditioner find out once, for them to keep here.
         self.sets: list[IntArray] | None = None
-        self._block_forms = self.forms[: int(self._starts[2 * len(kept)])]
+        self.patterns: Any = None
         self._plain_base()
 
     # -- shape ---------------------------------------------------------------------------------
@@ -328,22 +329,6 @@ class Operator:
             total = size.sum(axis=1)
             self._bound = sparse.csr_array((size.multiply(total[:, None])).T.tocsr())
         return self._bound
-
-    def block_sums(self, weights: Array) -> sparse.csr_array:
-        """``(2 B, H)``: ``rows^T a / sqrt(S)`` and ``cols^T c / sqrt(S)`` of every matrix."""
-        end = int(self._starts[2 * len(self.blocks)])
-        segment = np.repeat(np.arange(2 * len(self.blocks)), self._lengths[: 2 * len(self.blocks)])
-        sums = np.bincount(segment, weights[:end], minlength=2 * len(self.blocks))
-        root = np.sqrt(np.where(sums > 0, sums, 1.0))
-        group = sparse.csr_array(
-            (
-                weights[:end] / root[segment],
-                np.arange(end),
-                self._starts[: 2 * len(self.blocks) + 1],
-            ),
-            shape=(2 * len(self.blocks), end),
-        )
-        return sparse.csr_array(group @ self._block_forms)
 
     def counts(self) -> Array:
         """Per form, the number of positive entries in its row or column (1 for single entries)."""

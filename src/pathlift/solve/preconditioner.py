@@ -20,6 +20,7 @@ from scipy.sparse import linalg as _sparse_linalg
 
 from pathlift.solve.matrix import Array, BoolArray
 from pathlift.solve.operator import Operator
+from pathlift.solve.patterns import factored, patterns
 
 Precondition = Callable[[Array], Array]
 
@@ -27,8 +28,6 @@ Precondition = Callable[[Array], Array]
 _RIDGE = 1e-7
 # Up to this order the core is inverted with a cut on singular values; above, factored sparsely.
 _DENSE_CORE = 32
-# Non-zero entries per scale up to which the local part is factored: few are filled in.
-_SPARSE = 8
 
 
 def preconditioner(
@@ -39,17 +38,16 @@ def preconditioner(
     ``weights``: per form. ``mean``: ``(H,)``, ``E^T w``.
     """
     blocks = len(operator.blocks)
+    found = patterns(operator)
     local = _local(operator, weights, free)
+    data = found.low.data(weights, mean)
+    low, low_t = found.low.rows(data), found.low.columns(data)
     pair = 2 * np.arange(blocks)
     row = np.concatenate([pair, pair + 1, [2 * blocks]])
     col = np.concatenate([pair + 1, pair, [2 * blocks]])
     swap = np.ones(row.size)
     swap[-1] = -1.0
-    low = sparse.csr_array(
-        sparse.vstack([operator.block_sums(weights), mean[None, :]], format="csr")
-    )
-    low_t = sparse.csr_array(low.T.tocsr())
-    core = local.between(low) + sparse.csr_array((swap, (row, col)), shape=(row.size,) * 2)
+    core = local.between(low, low_t) + sparse.csr_array((swap, (row, col)), shape=(row.size,) * 2)
     solve = _core_solver(sparse.csc_array(core))
 
     def apply(r: Array) -> Array:
@@ -64,28 +62,31 @@ class _Local:
     """Inverse of the local part.
 
     ``inverse``: ``(H,)``, of scales that meet no other; 0 for those held or in ``kept``.
-    ``kept``: the scales that meet others; ``factored`` solves among them.
+    ``kept``: the scales that meet others, ``alive`` those of them that are not held (1 or 0);
+    ``factored`` solves among them.
     """
 
     inverse: Array
     kept: np.ndarray
+    alive: Array
     factored: Precondition | None
 
     def solve(self, r: Array) -> Array:
         out = self.inverse * r
         if self.factored is not None:
-            out[self.kept] = self.factored(r[self.kept])
+            out[self.kept] = self.alive * self.factored(self.alive * r[self.kept])
         return out
 
-    def between(self, low: sparse.csr_array) -> sparse.csr_array:
+    def between(self, low: sparse.csr_array, low_t: sparse.csr_array) -> sparse.csr_array:
         """``low @ inverse @ low^T``."""
-        thin = sparse.csr_array(low.multiply(self.inverse[None, :]))
-        core = sparse.csr_array(thin @ low.T)
+        weighed = (low.data * self.inverse[low.indices], low.indices, low.indptr)
+        core = sparse.csr_array(sparse.csr_array(weighed, shape=low.shape) @ low_t)
         if self.factored is not None:
-            met = sparse.csc_array(low)[:, self.kept].tocsr()
-            rows = np.flatnonzero(np.diff(met.indptr))
-            solved = self.factored(np.ascontiguousarray(met[rows].toarray().T))
-            part = sparse.coo_array(met @ solved)
+            met_t = sparse.csr_array(low_t[self.kept])
+            met_t.data *= np.repeat(self.alive, np.diff(met_t.indptr))
+            rows = np.unique(met_t.indices)
+            dense = met_t[:, rows].toarray()
+            part = sparse.coo_array(met_t.T @ self.factored(dense))
             place = (part.row, rows[part.col])
             core = core + sparse.csr_array((part.data, place), shape=core.shape)
         return core
@@ -93,28 +94,23 @@ class _Local:
 
 def _local(operator: Operator, weights: Array, free: BoolArray) -> _Local:
     """The local part factored where forms have several scales, or else a diagonal above it."""
-    if operator.coupled:
-        forms = operator.forms
-        matrix = sparse.csr_array(operator.forms_t @ sparse.diags_array(weights) @ forms)
-        diagonal = matrix.diagonal()
+    found = patterns(operator)
+    inner = found.inner if operator.coupled else None
+    if inner is not None:
+        diagonal = found.squares @ weights
         top = float(diagonal.max(initial=0.0))
-        matrix = sparse.csr_array(matrix + sparse.diags_array(_RIDGE * diagonal + 1e-14 * top))
         alive = free & (diagonal > 0)
-        meets = alive & (np.diff(matrix.indptr) > 1)
-        kept = np.flatnonzero(meets)
-        inner = sparse.csc_array(matrix[kept][:, kept])
-        if kept.size and inner.nnz <= _SPARSE * np.count_nonzero(alive):
-            with suppress(RuntimeError):  # singular in spite of the ridge
-                factors = _sparse_linalg.splu(
-                    inner,
-                    permc_spec="MMD_AT_PLUS_A",
-                    diag_pivot_thresh=0.0,
-                    options={"SymmetricMode": True},
-                )
-                return _Local(_inverse(matrix.diagonal(), alive & ~meets), kept, factors.solve)
+        diagonal = diagonal + _RIDGE * diagonal + 1e-14 * top
+        here = alive[inner.kept]
+        own = np.where(here, diagonal[inner.kept], 1.0)
+        with suppress(RuntimeError):  # singular in spite of the ridge
+            factors = factored(inner.matrix(weights, own, here.astype(np.float64)), "NATURAL")
+            alive[inner.kept] = False
+            return _Local(_inverse(diagonal, alive), inner.kept, here * 1.0, factors.solve)
     bound = operator.row_sum_bound() @ weights
     above = bound * (1.0 + _RIDGE) + 1e-14 * float(bound.max(initial=0.0))
-    return _Local(_inverse(above, free & (above > 0)), np.zeros(0, dtype=np.int64), None)
+    none = np.zeros(0, dtype=np.int64)
+    return _Local(_inverse(above, free & (above > 0)), none, np.zeros(0), None)
 
 
 def _inverse(diagonal: Array, kept: BoolArray) -> Array:

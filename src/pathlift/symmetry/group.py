@@ -18,7 +18,9 @@ from pathlift import plots
 from pathlift.capture.model import capture
 from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Program
+from pathlift.collector import uncollected
 from pathlift.errors import ArgumentError
+from pathlift.surroundings import apart
 from pathlift.symmetry.equations import Equations
 from pathlift.symmetry.inference import Inference
 from pathlift.symmetry.scales import axis_components, collapse, distinct, varying
@@ -71,6 +73,16 @@ class RescalingGroup:
         parameters: per parameter, the variables its rows and columns carry.
         unsupported: operations that pinned something, with counts.
         equations: what the basis was solved from, for the reasons in the summary.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> group = pathlift.rescaling_group(model, x)
+    >>> before = model(x)
+    >>> group.rescale_(model, torch.randint(-3, 4, (group.num_scales,)))
+    >>> torch.equal(model(x), before)
+    True
     """
 
     num_scales: int
@@ -276,6 +288,7 @@ class RescalingGroup:
         return self.parameters[name]
 
 
+@apart
 def rescaling_group(
     model: nn.Module, example_inputs: object, *, batch_norm: str = "pinned"
 ) -> RescalingGroup:
@@ -290,10 +303,21 @@ def rescaling_group(
 
     Raises:
         ArgumentError, CaptureError: see :func:`pathlift.capture.capture`.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> group = pathlift.rescaling_group(model, x)
+    >>> group.num_scales
+    32
+    >>> group.summary().splitlines()[0]
+    '32 free scales'
     """
     return infer_group(capture(model, example_inputs), batch_norm)
 
 
+@uncollected
 def infer_group(program: Program, batch_norm: str = "pinned") -> RescalingGroup:
     """The group of a captured program: inference, then a basis of the solutions."""
     if batch_norm not in ("pinned", "invariant"):

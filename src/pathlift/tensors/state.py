@@ -23,21 +23,18 @@ from torch import Tensor, optim
 
 from pathlift.errors import ArgumentError, RangeError
 from pathlift.tensors.extents import Extent, Factors, Joined, Span, exponent_limits, extents
+from pathlift.tensors.rules import (
+    NEVER,
+    NO_STATE_FOLLOWS,
+    RULES,
+    WHOLE,
+    Rule,
+    reason,
+    rule_for,
+)
 from pathlift.tensors.shards import largest_around, local_factors, local_part
 
 Optimizers = optim.Optimizer | Sequence[optim.Optimizer] | None
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """Multiply by ``2^(power k)``; ``averaged``: the axis of ``theta`` the state is a mean over.
-
-    A mean over an axis of entries with different factors is not a multiple of the old mean, so
-    such a rule holds only where ``k`` is constant along the axis.
-    """
-
-    power: int
-    averaged: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,47 +45,6 @@ class _Change:
     factors: Factors
     power: int
     label: str
-
-
-_ADAM = {"exp_avg": -1, "exp_avg_sq": -2, "step": 0}
-_RULES: dict[type[optim.Optimizer], dict[str, _Rule]] = {}
-
-
-def _know(name: str, powers: Mapping[str, int | _Rule]) -> None:
-    """Enter an optimiser of ``torch.optim``, if this torch has it."""
-    found = getattr(optim, name, None)
-    if found is not None:
-        _RULES[found] = {k: p if isinstance(p, _Rule) else _Rule(p) for k, p in powers.items()}
-
-
-_know("SGD", {"momentum_buffer": -1})
-_know("Muon", {"momentum_buffer": -1})
-_know("Adam", {**_ADAM, "max_exp_avg_sq": -2})
-_know("AdamW", {**_ADAM, "max_exp_avg_sq": -2})
-_know("RAdam", _ADAM)
-_know("SparseAdam", _ADAM)
-# mu_product is a product of the momentum coefficients of past steps.
-_know("NAdam", {**_ADAM, "mu_product": 0})
-_know("Adamax", {"exp_avg": -1, "exp_inf": -1, "step": 0})
-_know("Adagrad", {"sum": -2, "step": 0})
-# The buffer sums gradients divided by the root of square_avg: no factor is left.
-_know("RMSprop", {"square_avg": -2, "grad_avg": -1, "momentum_buffer": 0, "step": 0})
-# acc_delta is the mean of squared changes of theta, which change like theta squared. Its
-# recurrence holds for any power (the update is proportional to its root), so it is what the
-# quantity means that decides: the next update is the old one times 2^k.
-_know("Adadelta", {"square_avg": -2, "acc_delta": 2, "step": 0})
-_know("ASGD", {"ax": 1, "eta": 0, "mu": 0, "step": 0})
-# Only signs of gradients enter step_size.
-_know("Rprop", {"prev": -1, "step_size": 0, "step": 0})
-_know(
-    "Adafactor",
-    {
-        "row_var": _Rule(-2, averaged=-1),
-        "col_var": _Rule(-2, averaged=-2),
-        "variance": -2,
-        "step": 0,
-    },
-)
 
 
 def declare_state(optimizer_class: type[optim.Optimizer], powers: Mapping[str, int]) -> None:
@@ -105,6 +61,12 @@ def declare_state(optimizer_class: type[optim.Optimizer], powers: Mapping[str, i
 
     Raises:
         ArgumentError: not an optimiser class, or a power that is not an integer.
+
+    >>> import torch
+    >>> from pathlift.training import declare_state
+    >>> class Signs(torch.optim.Optimizer):
+    ...     '''Keeps a mean of gradients and a counter.'''
+    >>> declare_state(Signs, {"mean": -1, "count": 0})
     """
     if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, optim.Optimizer):
         raise ArgumentError(
@@ -121,8 +83,8 @@ def declare_state(optimizer_class: type[optim.Optimizer], powers: Mapping[str, i
                 f"powers must map state keys to integers; found {key!r}: {power!r}. Use -1 for "
                 f"what scales like a gradient, -2 for its square, 1 like a parameter, 0 to keep."
             )
-    rules = _RULES.setdefault(optimizer_class, {})
-    rules.update({key: _Rule(power) for key, power in powers.items()})
+    rules = RULES.setdefault(optimizer_class, {})
+    rules.update({key: Rule(power) for key, power in powers.items()})
 
 
 def state_changes(
@@ -145,11 +107,24 @@ def state_changes(
     Raises:
         ArgumentError: state whose transformation is not known or can't be expressed.
         RangeError: state that would overflow.
+
+    >>> import torch
+    >>> from pathlift.training import state_changes
+    >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> rows = torch.tensor([[1.0], [2.0]])  # log2 factors of the rows
+    >>> ((buffer, _, power),) = state_changes(optimizer, [("w", weight, [rows])])
+    >>> buffer.shape, power  # to be multiplied by 2 ** -rows
+    (torch.Size([2, 3]), -1)
     """
     changes = list(changes)
     found: list[_Change] = []
-    for one in _optimizers(optimizer):
-        _refuse_flat_history(one)
+    several = optimizers_of(optimizer)
+    _check_own(several, [parameter for _, parameter, _ in changes])
+    for one in several:
+        _refuse_state(one)
         for name, parameter, exponents in changes:
             state = one.state.get(parameter, {})
             if not _has_stepped(state):
@@ -170,19 +145,25 @@ def state_changes(
 
 def holding_state(optimizer: Optimizers) -> Optimizers:
     """Those of the optimisers that have taken a step: none, one, or a list of them."""
-    found = [one for one in _optimizers(optimizer) if any(map(_has_stepped, one.state.values()))]
+    found = [one for one in optimizers_of(optimizer) if any(map(_has_stepped, one.state.values()))]
     return found if len(found) > 1 else found[0] if found else None
 
 
-def _optimizers(optimizer: Any) -> list[optim.Optimizer]:
-    """The optimisers that hold the state, out of their wrappers."""
+# Where the wrappers of Accelerate and Lightning, and Lookahead, keep the optimiser they wrap.
+_WRAPPED = ("optimizer", "_base_optimizer")
+
+
+def optimizers_of(optimizer: Any) -> list[optim.Optimizer]:
+    """The optimisers that hold the state, out of their wrappers.
+
+    Raises:
+        ArgumentError: not an optimiser, or one that trains copies of the weights.
+    """
     if optimizer is None:
         return []
     found = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     for k, one in enumerate(found):
-        # Accelerate's and Lightning's wrappers keep the optimiser they wrap in this attribute.
-        while isinstance(getattr(one, "optimizer", None), optim.Optimizer):
-            one = one.optimizer
+        one = _unwrapped(one)
         if not isinstance(one, optim.Optimizer):
             raise ArgumentError(
                 f"optimizer must be a torch.optim.Optimizer, a list of them or None; found "
@@ -192,7 +173,40 @@ def _optimizers(optimizer: Any) -> list[optim.Optimizer]:
     return found
 
 
-def _refuse_flat_history(optimizer: optim.Optimizer) -> None:
+def _unwrapped(one: Any) -> Any:
+    while True:
+        inner = [getattr(one, name, None) for name in _WRAPPED]
+        for each in (one, *inner):
+            why = reason(type(each), NEVER)
+            if why is not None:
+                raise ArgumentError(f"{type(each).__name__} {why}.")
+        wrapped = [w for w in inner if isinstance(w, optim.Optimizer)]
+        if not wrapped:
+            return one
+        one = wrapped[0]
+
+
+def _check_own(several: Sequence[optim.Optimizer], parameters: Sequence[Tensor]) -> None:
+    """State that belongs to none of the parameters would be left behind without a word."""
+    own = {id(p) for one in several for group in one.param_groups for p in group["params"]}
+    stepped = [one for one in several if any(map(_has_stepped, one.state.values()))]
+    if stepped and parameters and not any(id(p) in own for p in parameters):
+        raise ArgumentError(
+            f"{type(stepped[0]).__name__} holds none of the model's parameters that move, so its "
+            f"state can't follow them. Pass the optimiser that trains this very model; one that "
+            f"trains flat copies of its parameters can't be carried along."
+        )
+
+
+def _refuse_state(optimizer: optim.Optimizer) -> None:
+    if not any(map(_has_stepped, optimizer.state.values())):
+        return
+    why = reason(type(optimizer), NO_STATE_FOLLOWS)
+    if why is not None:
+        raise ArgumentError(
+            f"{type(optimizer).__name__} {why}. Condition before the first step, or condition "
+            f"without optimizer= and start a new {type(optimizer).__name__}."
+        )
     # All of its state stands under its first parameter, so the loop over parameters may miss it.
     if isinstance(optimizer, optim.LBFGS) and any(optimizer.state.values()):
         raise ArgumentError(
@@ -209,13 +223,6 @@ def _has_stepped(state: Mapping[str, Any]) -> bool:
     return bool(state) and not (isinstance(step, (Tensor, int, float)) and float(step) == 0)
 
 
-def _rule(optimizer: optim.Optimizer, key: str) -> _Rule | None:
-    for base in type(optimizer).__mro__:
-        if key in _RULES.get(base, {}):
-            return _RULES[base][key]
-    return None
-
-
 def _entry(
     optimizer: optim.Optimizer,
     key: str,
@@ -227,7 +234,7 @@ def _entry(
     """The change of one entry of the state; None if it stays."""
     if value is None:
         return None
-    rule = _rule(optimizer, key)
+    rule = rule_for(type(optimizer), optimizer.state[parameter], key)
     if rule is None:
         raise ArgumentError(
             f"{label}, and how it transforms under rescaling is not known. Say it with "
@@ -239,21 +246,28 @@ def _entry(
         return None
     factors = _averaged(exponents, rule.averaged, label)
     shape = list(parameter.shape)
-    if rule.averaged is not None:
+    if rule.averaged == WHOLE:
+        shape = list(getattr(value, "shape", shape))
+    elif isinstance(rule.averaged, int):
         shape[rule.averaged] = 1
     _check_entry(value, shape, rule.power, label)
     return _Change(value, factors, rule.power, label)
 
 
-def _averaged(exponents: Factors, axis: int | None, label: str) -> Factors:
+def _averaged(exponents: Factors, axis: int | str | None, label: str) -> Factors:
     """The factors with ``axis`` reduced to size 1; raises where they differ along it."""
     if axis is None:
         return exponents
-    first = [e.narrow(axis, 0, 1) if e.dim() >= -axis else e for e in exponents]
+    if isinstance(axis, str):
+        first = [e.flatten()[0] for e in exponents]
+        where = "several entries of the parameter, between which"
+    else:
+        first = [e.narrow(axis, 0, 1) if e.dim() >= -axis else e for e in exponents]
+        where = f"dimension {axis} of the parameter, along which"
     if all(bool((e == f).all()) for e, f in zip(exponents, first, strict=True)):
         return first
     raise ArgumentError(
-        f"{label}, a mean over dimension {axis} of the parameter, along which the rescaling "
+        f"{label}, a mean over {where} the rescaling "
         f"differs: the new mean is not known. Condition before the first step, or use an "
         f"optimiser whose state is not factored."
     )

@@ -33,6 +33,15 @@ class PathSGD(optim.Optimizer):
     Raises:
         ArgumentError: an argument out of range.
         UnsupportedOperationError: the model has operations without paths.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> from pathlift.training import PathSGD
+    >>> optimizer = PathSGD(model, x, lr=0.1)
+    >>> model(torch.randn(8, 4)).square().mean().backward()
+    >>> optimizer.step()
     """
 
     def __init__(

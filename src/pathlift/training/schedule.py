@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pathlift.condition import Conditioner, condition_
+from pathlift.condition import condition_
+from pathlift.conditioner import Conditioner
+from pathlift.criteria import as_criterion
 from pathlift.errors import ArgumentError
 from pathlift.report import ConditioningReport
+from pathlift.settings import Settings
 from pathlift.tensors.state import Optimizers
 
 _UNITS = ("epoch", "step")
@@ -38,7 +41,8 @@ class Schedule:
         every: condition at calls 0, every, 2 every, ...; None: at the first call only.
         until: number of the first call at which nothing is done any more; None: no end.
         unit: what a call stands for, ``"epoch"`` or ``"step"``; a name in the history.
-        condition_kwargs: passed on to :func:`pathlift.condition_`.
+        condition_kwargs: passed on to :func:`pathlift.condition_`. Unless ``exact`` is given,
+            calls after the first round to powers of two: training has begun.
 
     Attributes:
         calls: how often :meth:`step` was called, conditioning or not.
@@ -48,6 +52,15 @@ class Schedule:
 
     Raises:
         ArgumentError: an argument has the wrong type or value.
+
+    >>> import pathlift, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> x = torch.zeros(2, 4)
+    >>> from pathlift.training import Schedule
+    >>> schedule = Schedule(every=2)
+    >>> [schedule.step(model, x, None) is not None for _ in range(4)]
+    [True, False, True, False]
     """
 
     def __init__(
@@ -123,6 +136,9 @@ class Schedule:
     ) -> ConditioningReport:
         """Capture at the first due call (and for another model), then only solve and apply."""
         keywords: dict[str, Any] = {"optimizer": optimizer, **self.condition_kwargs}
+        criterion = as_criterion(
+            keywords.pop("criterion", "path-kernel"), keywords.pop("reference", None)
+        )
         batch_norm = keywords.pop("batch_norm", "pinned")
         mode = [m.training for m in model.modules()]
         known = self._conditioner is not None and self._captured == (id(model), mode)
@@ -130,7 +146,7 @@ class Schedule:
             self._conditioner = Conditioner(model, example_inputs, batch_norm=batch_norm)
             self._captured = (id(model), mode)
         assert self._conditioner is not None
-        return self._conditioner.condition_(**keywords)
+        return self._conditioner.conditioned(Settings(criterion, **keywords, midway=self.calls > 0))
 
     def reach(self, call: int) -> bool:
         """Skip forward to call number ``call``, for loops that know where they are.

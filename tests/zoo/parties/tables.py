@@ -46,22 +46,8 @@ def gathered(*items: object) -> list[object]:
     return list(items)
 
 
-DEEPCTR = {
-    name.lower(): _ctr(name)
-    for name in (
-        "DeepFM",
-        "xDeepFM",
-        "WDL",
-        "DCN",
-        "DCNMix",
-        "AutoInt",
-        "NFM",
-        "IFM",
-        "DIFM",
-        "FiBiNET",
-        "ONN",
-    )  # fmt: skip
-}
+_MODELS = "DeepFM xDeepFM WDL DCN DCNMix AutoInt NFM IFM DIFM FiBiNET ONN"
+DEEPCTR = {name.lower(): _ctr(name) for name in _MODELS.split()}
 
 _RECHUB = "torch_rechub.basic"
 

@@ -1,0 +1,93 @@
+"""Other people's programs, where the one who runs the benchmark has them; a reason where not.
+
+- Torch-Pruning's dependency graph (`pip install --no-deps torch-pruning`), beside
+  `rescaling_group`.
+- The path-norm toolkit (`git clone https://github.com/agonon/pathnorm_toolkit`, its folder in the
+  environment variable PATHNORM_TOOLKIT), beside `path_norm`. It runs a float32 forward pass.
+- ENorm's cycle (Stock et al., ICLR 2019, section 3), written here from the paper for chains of
+  linear maps, beside `condition_(criterion="weight-norm")`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The work to be timed, or why there is none.
+Work = Callable[[], Any] | str
+
+
+def torch_pruning(name: str, model: nn.Module, x: Tensor) -> Work:
+    """The dependency graph of a network."""
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        return "torch-pruning is not installed"
+    return lambda: tp.DependencyGraph().build_dependency(model, example_inputs=x)
+
+
+def toolkit(name: str, model: nn.Module, x: Tensor) -> Work:
+    """The l1 path norm of a torchvision network of the toolkit's list."""
+    root = os.environ.get("PATHNORM_TOOLKIT")
+    if root is None:
+        return "PATHNORM_TOOLKIT is not set"
+    sys.path.insert(0, str(Path(root) / "src"))
+    here = Path.cwd()
+    os.chdir(root)  # it reads its list of networks from there
+    try:
+        from pathnorm.path_norm import compute_path_norm as theirs
+
+        listed = theirs.is_model_ok(name)
+    finally:
+        os.chdir(here)
+    if not listed:
+        return "not on the toolkit's list"
+
+    def run() -> float:
+        os.chdir(root)
+        try:
+            device = torch.device("cpu")
+            return theirs.get_path_norm(model, name, device, exponent=1, in_place=False)
+        finally:
+            os.chdir(here)
+
+    return run
+
+
+def enorm(name: str, model: nn.Module, x: Tensor) -> Work:
+    """ENorm's cycles over a chain of linear maps until the sum of squares falls by less than 1e-8.
+
+    Channel by channel the sum of squares of what enters and of what leaves it are made equal.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not isinstance(model, nn.Sequential) or len(layers) < 2:
+        return "written for chains of linear maps"
+
+    def run() -> None:
+        chain = [copy.deepcopy(m) for m in layers]
+        before = float("inf")
+        with torch.no_grad():
+            for _ in range(200):
+                for left, right in pairwise(chain):
+                    enters = left.weight.square().sum(1) + left.bias.square()
+                    d = (right.weight.square().sum(0) / enters) ** 0.25
+                    left.weight.mul_(d[:, None])
+                    left.bias.mul_(d)
+                    right.weight.div_(d)
+                total = float(sum(p.square().sum() for m in chain for p in m.parameters()))
+                if before - total < 1e-8 * total:
+                    return
+                before = total
+
+    return run
+
+
+PEERS = {"torch-pruning": torch_pruning, "toolkit": toolkit, "ENorm": enorm}

@@ -1,0 +1,89 @@
+"""What a real run calls, to be held against a record: forward may look at what it is run on.
+
+Code can ask for the type of a tensor, for the gradient mode or for a tracer, and do something else
+for real than on fake tensors. Then the operations differ in their names or their order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pathlift.capture.refusals import HigherOrder
+
+_COMPILER = "torch._dynamo"
+
+# Questions about a tensor, and calls that PyTorch makes for tensors of one kind only.
+QUERIES = frozenset({"prim::device", "prim::layout", "aten::sym_size", "aten::sym_stride"})
+QUERIES |= {"aten::sym_numel", "aten::sym_storage_offset", "aten::is_contiguous"}
+QUERIES |= {"aten::is_strides_like_format", "aten::is_non_overlapping_and_dense", "aten::dim"}
+QUERIES |= {"aten::size", "aten::stride", "aten::storage_offset", "aten::numel", "aten::is_pinned"}
+_SILENT = QUERIES | {"aten::detach", "aten::alias", "aten::lift_fresh"}
+
+
+def noted(name: str, seen: list[str]) -> None:
+    """Add a call to what was seen, unless it depends on the kind of tensor alone."""
+    if name not in _SILENT:
+        seen.append(name)
+
+
+def higher_order(func: Any) -> bool:
+    """Whether an operation takes functions as arguments; it then has no schema."""
+    return isinstance(func, HigherOrderOperator)
+
+
+class Watch(TorchDispatchMode):
+    """A mode that sees every call, also of operations that take functions."""
+
+    # Else torch raises in the middle of one, and later real calls of it fail.
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # wrapping the dispatch would import the compiler, which takes seconds
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Functions that the model has compiled run as they are written, and stay compiled.
+
+    Under a mode the compiler would give up on them for good.
+    """
+    loaded = _COMPILER in sys.modules  # importing it takes seconds, and nobody may need it
+    try:
+        with torch.compiler.set_stance("force_eager") if loaded else nullcontext():
+            yield
+    finally:
+        if not loaded and _COMPILER in sys.modules:
+            import_module(_COMPILER).reset()  # what it gave up on is all that it knows yet
+
+
+class Witness(Watch):
+    """Notes the names of the operations that the code under it calls.
+
+    Args:
+        run: calls an operation with its arguments.
+    """
+
+    def __init__(self, run: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if higher_order(func):
+            raise HigherOrder(func.name())
+        noted(func._schema.name, self.seen)
+        return self.run(func, args, kwargs or {})

@@ -1,0 +1,85 @@
+"""What a report says of afterwards is what a fresh capture of the rescaled model measures.
+
+tests/zoo/test_survey.py asks the same of models of three libraries.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pathlift
+
+
+class Backwards(nn.Module):
+    """Biases at zero on a branch far below the other: a norm between layers that shrink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norm = nn.LayerNorm(8)
+        with torch.no_grad():
+            for layer in (self.a, self.b, self.c):
+                nn.init.zeros_(layer.bias)
+            self.norm.weight.fill_(2.0**-12)
+            self.c.weight.mul_(2.0**-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.b(self.norm(self.a(x)))))
+
+
+class WeightNormed(nn.Module):
+    """Weight-normed layers between plain ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        normed = nn.utils.parametrizations.weight_norm
+        self.net = nn.Sequential(
+            nn.Linear(4, 16), nn.ReLU(), normed(nn.Linear(16, 5)), nn.ReLU(), nn.Linear(5, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def fresh_batch_norms() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3),
+        nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5),
+    )  # fmt: skip
+
+
+MODELS = {
+    "zero biases": (Backwards, (2, 4)),
+    "weight norm": (WeightNormed, (2, 4)),
+    "fresh batch norms": (fresh_batch_norms, (2, 3, 8, 8)),
+}
+
+
+def made(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    return make(), torch.randn(shape)
+
+
+def test_moved_statistics_are_still_those_of_a_fresh_norm() -> None:
+    """Up to eps: what the criterion took for the batch's deviation it takes again."""
+    model, x = made("fresh batch norms")
+    report = pathlift.condition_(model, x, batch_norm="invariant", verify=False)
+    assert report.imbalance_before - report.imbalance_after > 0.01
+    again = pathlift.condition_(model, x, batch_norm="invariant", verify=False)
+    assert abs(again.imbalance_before - report.imbalance_after) < 1e-4
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["integers", "continuous"])
+@pytest.mark.parametrize("name", MODELS)
+def test_reported_is_measured_and_a_second_call_gains_nothing(name: str, exact: bool) -> None:
+    model, x = made(name)
+    report = pathlift.condition_(model, x, exact=exact, verify=False)
+    assert report.converged and (exact or report.log2_scales.any())
+    assert report.imbalance_after <= report.imbalance_before
+    again = pathlift.condition_(model, x, exact=False, verify=False)
+    assert abs(again.imbalance_before - report.imbalance_after) < 1e-6
+    if not exact:
+        assert again.imbalance_before - again.imbalance_after < 1e-6
