@@ -22,6 +22,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,8 +233,14 @@ def other_table(rows: list[dict[str, Any]], key: str, shape: str) -> list[str]:
 
 def page(data: dict[str, Any]) -> str:
     """The part of the page that is measured."""
-    rows, seeds = data["rows"], len({r["seed"] for r in data["rows"]})
-    lines = [f"Means over {seeds} seeds; SQNR of outputs in dB, the best of a row in bold.", ""]
+    rows = data["rows"]
+    counts = Counter(r["network"] for r in rows).values()
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    used = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
+    lines = [
+        f"Means over {seeds} seeds; SQNR of outputs in dB, the best of a row in bold ({used}).",
+        "",
+    ]
     for setting in SETTINGS:
         lines += [f"### {setting[0].upper()}{setting[1:]}", "", *table(rows, setting), ""]
     lines += ["### Seconds", "", "CPU seconds of one call, in the same run.", ""]
@@ -270,6 +277,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--page", action="store_true", help="only write the page's tables")
     parser.add_argument("--no-trained", action="store_true")
+    parser.add_argument("--only-trained", action="store_true", help="into the file as it is")
     parser.add_argument("--figure", action="store_true", help="only draw the figure")
     args = parser.parse_args()
     if args.figure:
@@ -279,9 +287,15 @@ def main() -> None:
         write_page(json.loads(args.json.read_text()))
         return
     torch.set_num_threads(1)
+    data: dict[str, Any]
     others = compared.tools()
+    if args.only_trained:
+        data = json.loads(args.json.read_text())
+        data["trained"] = trained.results({"before": compared.folded, **others})
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
+        return
     versions = {"torch": torch.__version__, **compared.versions()}
-    data: dict[str, Any] = {"versions": versions, "rows": []}
+    data = {"versions": versions, "rows": []}
     if not args.no_trained:
         data["trained"] = trained.results({"before": compared.folded, **others})
     # Seed by seed, so that a run that is cut short has every network.

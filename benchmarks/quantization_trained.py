@@ -13,7 +13,7 @@ import quantization_tools as compared
 from pathlift.quantization import quantised
 
 SETTINGS = [("int8", "tensor"), ("int4", "tensor"), ("int4", "channel")]
-SEEDS, EPOCHS = 3, 40
+SEEDS, EPOCHS = 3, 30
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ def equalize_(
         model: in evaluation mode, the only one that is looked at: what runs in training mode alone
             (auxiliary heads) is not rescaled with the rest.
         example_inputs: one batch as forward takes it. Its values matter: sensitivities are measured
-            on its first 4 samples, and a few typical ones are enough.
+            on its first samples (4; up to 16 of a small model), and a few typical ones are enough.
         fold: fold batch norms.
         biases: ``"shrink"`` or ``"ignore"``. Biases are not quantised, but a layer's output ranges
             over its bias at least. ``"shrink"`` counts, for each quantised layer, the error of

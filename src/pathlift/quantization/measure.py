@@ -23,8 +23,9 @@ from pathlift.errors import ArgumentError
 from pathlift.quantization.layers import Convolution, weights
 from pathlift.surroundings import plain_arithmetic
 
-# Samples of the example inputs that sensitivities are averaged over.
-SAMPLES = 4
+# Samples of the example inputs that sensitivities are averaged over: fewest and most, and how many
+# derivatives are affordable in all.
+_FEWEST, _MOST, _AFFORDABLE = 4, 16, 1 << 24
 
 
 @dataclass
@@ -79,8 +80,11 @@ def _floats(out: Any) -> list[Tensor]:
     return [t for t in tensors_in(out) if t.is_floating_point()]
 
 
-def samples_of(inputs: Inputs, batch: int | None) -> list[Inputs]:
-    """The first samples of a batch, one by one; the whole where samples can't be told apart."""
+def samples_of(inputs: Inputs, batch: int | None, entries: int) -> list[Inputs]:
+    """The first samples of a batch, one by one; the whole where samples can't be told apart.
+
+    4 of them for a model of many ``entries``, up to 16 for a small one.
+    """
     if batch is None:
         return [inputs]
 
@@ -88,7 +92,7 @@ def samples_of(inputs: Inputs, batch: int | None) -> list[Inputs]:
         return tensor[k : k + 1] if tensor.dim() and tensor.shape[0] == batch else tensor
 
     found = []
-    for k in range(min(batch, SAMPLES)):
+    for k in range(min(batch, max(_FEWEST, min(_MOST, _AFFORDABLE // max(entries, 1))))):
         pick = lambda t, k=k: one(t, k)  # noqa: E731
         args, kwargs = pytree.tree_map_only(Tensor, pick, (inputs.args, inputs.kwargs))
         found.append(Inputs(args, kwargs))
@@ -108,7 +112,8 @@ def measure(
             inputs are not looked at.
     """
     found = Measured()
-    samples = samples_of(program.inputs, program.graphs[0].batch)
+    entries = sum(program.parameters[n].numel() for n in names)
+    samples = samples_of(program.inputs, program.graphs[0].batch, entries)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad(), _running(model):
         leaves = {n: program.parameters[n].detach().requires_grad_() for n in names}
