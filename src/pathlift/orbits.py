@@ -78,6 +78,12 @@ class OrbitDistance:
         same: whether that is at most 1e-5.
         notes: what makes the comparison less than certain, in words: scales at bounds, a solver
             that stopped short.
+
+    >>> import pathlift, torch
+    >>> a, b = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+    >>> distance = pathlift.orbit_distance(a, b, torch.zeros(1, 4))
+    >>> distance.same, sorted(distance.distances)
+    (False, ['bias', 'weight'])
     """
 
     distances: dict[str, float]
@@ -120,6 +126,15 @@ def orbit_distance(
     Raises:
         ArgumentError: tensors of other names or shapes.
         CaptureError: see :func:`pathlift.condition_`.
+
+    >>> import copy, pathlift, torch
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+    ... )
+    >>> x, other = torch.zeros(1, 4), copy.deepcopy(model)
+    >>> pathlift.rescaling_group(other, x).rescale_(other, torch.arange(8.0) - 4)
+    >>> pathlift.orbit_distance(model, other, x).same
+    True
     """
     forms, notes = [], []
     for name, model in (("the first", a), ("the second", b)):

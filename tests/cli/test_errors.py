@@ -308,7 +308,12 @@ def test_ctrl_c_keeps_finished_cells(
     original = sweep.sweep
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "sweep", lambda *a, **k: original(*a, run=interrupted, **k))
-        found, line = failed(command, capsys)
+        # Tests that are started in the background inherit a SIGINT that is ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            found, line = failed(command, capsys)
+        finally:
+            signal.signal(signal.SIGINT, before)
     assert found == 130 and line.startswith("interrupted; the 2 finished cells in ")
     assert main(command) == 0
     assert "2 cells are there, 2 to train" in capsys.readouterr().err

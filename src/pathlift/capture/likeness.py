@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from pathlift.capture.names import named_tensors
 from pathlift.capture.program import Program
 from pathlift.errors import ArgumentError
 from pathlift.homes.differences import is_plain
+from pathlift.homes.faces import is_record, package
 
 # Kept elsewhere: tensors and modules by name.
 _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
@@ -43,12 +44,14 @@ def likeness(model: nn.Module, folded: frozenset[str]) -> Likeness:
     """
     parameters, buffers, aliases = named_tensors(model)
     tensors: dict[str, Tensor] = {**buffers, **parameters}
+    packages = frozenset(package(type(m)) for m in model.modules()) - {"torch"}
+    words = _Words(packages)
     return {
         "module": {path: _module(module) for path, module in model.named_modules()},
         "setting": {
             f"{path}.{key}" if path else key: text
             for path, module in model.named_modules()
-            for key, text in _settings(module)
+            for key, text in _settings(module, words)
         },
         "tensor": {
             name: " ".join([_kind(t), "with gradient" * t.requires_grad]).rstrip()
@@ -113,7 +116,7 @@ def _module(module: nn.Module) -> str:
     return " ".join([f"{cls.__module__}.{cls.__qualname__}", code, *registered])
 
 
-def _settings(module: nn.Module) -> list[tuple[str, str]]:
+def _settings(module: nn.Module, words: _Words) -> list[tuple[str, str]]:
     found = []
     for key, value in vars(module).items():
         if key in _REGISTRIES:
@@ -122,40 +125,67 @@ def _settings(module: nn.Module) -> list[tuple[str, str]]:
             if not value:
                 continue
             value = list(value.values())  # the keys count all hooks of the process
-        found.append((key, _text(value, _DEPTH)))
+        found.append((key, words.of(value, _DEPTH)))
     return found
 
 
-def _text(value: Any, depth: int) -> str:
-    """A value in words that are the same for equal values, in any process."""
-    if is_plain(value) or isinstance(value, _TORCH_KINDS):
-        return repr(value)
-    if isinstance(value, Tensor):
-        return f"{_kind(value)} {_bytes(value)}"
-    if isinstance(value, np.ndarray):
-        return f"array {value.shape} {value.dtype} {_digest(value.tobytes())}"
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    name = f"{type(value).__module__}.{type(value).__qualname__}"
-    if isinstance(value, nn.Module) or depth == 0:
-        return name
-    if isinstance(value, (types.FunctionType, types.MethodType)):
-        cells = [c.cell_contents for c in value.__closure__ or () if _filled(c)]
-        inner = [_text(c, depth - 1) for c in [*cells, *(value.__defaults__ or ())]]
-        return " ".join([f"function {value.__qualname__}", _code(value.__code__), *inner])
-    if isinstance(value, types.BuiltinFunctionType):
-        return f"function {value.__qualname__}"
-    if isinstance(value, functools.partial):
-        return _text((value.func, value.args, value.keywords), depth - 1)
-    if isinstance(value, Mapping):
-        pairs = [f"{_text(k, depth - 1)}: {_text(v, depth - 1)}" for k, v in value.items()]
-        return f"{name} {{{', '.join(pairs)}}}"
-    if isinstance(value, (set, frozenset)):
-        return f"{name} {sorted(_text(v, depth - 1) for v in value)}"
-    if isinstance(value, (list, tuple)):
-        return f"{name} [{', '.join(_text(v, depth - 1) for v in value)}]"
-    own = getattr(value, "__dict__", {})
-    return f"{name} {{{', '.join(f'{k}: {_text(v, depth - 1)}' for k, v in own.items())}}}"
+class _Words:
+    """Values in words that are the same for equal values, in any process.
+
+    Of objects that are not the model's own (a trainer, a process group) only the class is told.
+
+    Args:
+        packages: see :func:`pathlift.homes.faces.faces`.
+    """
+
+    def __init__(self, packages: frozenset[str]) -> None:
+        self.packages = packages
+        self._told: dict[int, object] = {}
+
+    def of(self, value: Any, depth: int) -> str:
+        if is_plain(value) or isinstance(value, _TORCH_KINDS):
+            return repr(value)
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        if id(value) in self._told:
+            return f"{name} again"
+        self._told[id(value)] = value
+        return self._whole(value, name, depth)
+
+    def _whole(self, value: Any, name: str, depth: int) -> str:
+        if isinstance(value, Tensor):
+            return f"{_kind(value)} {_bytes(value)}"
+        if isinstance(value, np.ndarray):
+            plain = value.dtype.kind != "O"
+            return f"array {value.shape} {value.dtype} {_digest(value.tobytes()) if plain else ''}"
+        if isinstance(value, type):
+            return f"{value.__module__}.{value.__qualname__}"
+        if isinstance(value, nn.Module) or depth == 0:
+            return name
+        if isinstance(value, (types.FunctionType, types.MethodType)):
+            cells = [c.cell_contents for c in value.__closure__ or () if _filled(c)]
+            inner = self._each([*cells, *(value.__defaults__ or ())], depth)
+            return " ".join([f"function {value.__qualname__}", _code(value.__code__), *inner])
+        if isinstance(value, types.BuiltinFunctionType):
+            return f"function {value.__qualname__}"
+        if isinstance(value, functools.partial):
+            return " ".join([name, *self._each((value.func, value.args, value.keywords), depth)])
+        if isinstance(value, Mapping):
+            pairs = [f"{k}: {v}" for k, v in self._pairs(value.items(), depth)]
+            return f"{name} {{{', '.join(pairs)}}}"
+        if isinstance(value, (set, frozenset)):
+            return f"{name} {sorted(self._each(value, depth))}"
+        if isinstance(value, (list, tuple)):
+            return f"{name} [{', '.join(self._each(value, depth))}]"
+        if not is_record(type(value), self.packages):
+            return name
+        own = getattr(value, "__dict__", {})
+        return f"{name} {{{', '.join(f'{k}: {v}' for k, v in self._pairs(own.items(), depth))}}}"
+
+    def _each(self, values: Iterable[Any], depth: int) -> list[str]:
+        return [self.of(v, depth - 1) for v in values]
+
+    def _pairs(self, pairs: Iterable[tuple[Any, Any]], depth: int) -> list[tuple[str, str]]:
+        return [(self.of(k, depth - 1), self.of(v, depth - 1)) for k, v in pairs]
 
 
 def _filled(cell: Any) -> bool:
@@ -172,7 +202,8 @@ def _kind(tensor: Tensor) -> str:
 
 def _bytes(tensor: Tensor) -> str:
     """A digest of a tensor's values; its class where there is no reading them."""
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+    if not plain or tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         return type(tensor).__qualname__
     data = tensor.detach().cpu().contiguous().reshape(-1)
     return _digest(data.view(torch.uint8).numpy().tobytes())
