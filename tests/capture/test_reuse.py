@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,3 +180,27 @@ def test_inputs_that_are_no_plain_values_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="it holds a Odd"):
         last.save(tmp_path / "program.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+class Foreign:
+    """Nothing of a model's: it holds what can't be told, itself among it."""
+
+    __module__ = "somewhere.else"
+
+    def __init__(self) -> None:
+        self.me, self.lock, self.sizes = self, threading.Lock(), [object()] * 3
+
+
+def test_objects_that_are_not_the_models_are_told_by_class() -> None:
+    def holding() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+        model.trainer, model.loop = Foreign(), (loop := [])
+        loop.append(loop)
+        return model
+
+    conditioner = pathlift.Conditioner(holding(), torch.zeros(2, 4))
+    assert conditioner.on(holding()).condition_().num_scales == 6
+    other = holding()
+    other.trainer = "none"
+    with pytest.raises(pathlift.ArgumentError, match="setting 'trainer'"):
+        conditioner.on(other)
