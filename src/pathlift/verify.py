@@ -93,7 +93,8 @@ def outputs(home: Home, program: Program, moved: frozenset[str] = frozenset()) -
     found: Outputs = []
     own = program.training
     # What a snapshot puts back includes the grad mode that it was made in.
-    with torch.no_grad(), plain_arithmetic(), Snapshot(model) as before:
+    written = [program.parameters[n] for n in program.written if n in program.parameters]
+    with torch.no_grad(), plain_arithmetic(), Snapshot(model, written) as before:
         skipped = {id(b) for n, b in program.buffers.items() if n in moved}
         skipped |= {id(p) for p in model.parameters()}
         for mode in dict.fromkeys(g.training for g in program.graphs):

@@ -409,3 +409,26 @@ def test_a_part_that_is_run_in_another_way(name: str) -> None:
     group.rescale_(model, torch.arange(group.num_scales) % 5 - 2)
     for mode, before in zip((False, True), expected, strict=True):
         assert torch.equal(model.train(mode)(x), before)
+
+
+class WritesAParameter(Base):
+    """An average that is kept in a parameter, as codebooks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        if self.training:
+            self.mean.data.mul_(0.9).add_(h.mean(0).detach(), alpha=0.1)
+        return self.second(h - self.mean)
+
+
+def test_parameters_that_forward_writes_are_put_back() -> None:
+    torch.manual_seed(0)
+    model, x = WritesAParameter(), torch.randn(3, 4)
+    report = pathlift.condition_(model, x, exact=True, on_nothing="ignore")
+    assert not model.mean.any() and report.max_output_change == 0
+    assert pathlift.rescaling_group(model.eval(), x).num_scales == 0
+    assert not model.mean.any()

@@ -92,7 +92,8 @@ def survey(name: str) -> dict[str, Any]:
     row["parameters"] = sum(p.numel() for p in model.parameters())
     try:
         row["step"] = "rescaling_group of a model that was never called"
-        uncalled = _uncalled(fresh, inputs)
+        runs = not isinstance(_attempt(model, inputs, fresh.training), str)
+        uncalled = _uncalled(fresh, inputs, runs)
         _examine(model, inputs, row)
         row["trace"] = uncalled or row["trace"]
     except Exception as error:
@@ -102,13 +103,18 @@ def survey(name: str) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - start, 2)}
 
 
-def _uncalled(model: nn.Module, inputs: Any) -> str:
-    """What the first call of all leaves in a model that builds tables when it is first called."""
+def _uncalled(model: nn.Module, inputs: Any, runs: bool) -> str:
+    """What the first call of all leaves in a model that builds tables when it is first called.
+
+    ``runs``: whether models of its kind can be called in the mode that it is in.
+    """
     import pathlift
 
     with suppress(pathlift.PathliftError):  # it will refuse the called model, too
         pathlift.rescaling_group(model, inputs)
-    found = [*fake_tensors(model), _real(model, inputs, model.training)]
+    found = fake_tensors(model)
+    if runs:
+        found.append(_real(model, inputs, model.training))
     story = "; ".join(filter(None, found))
     return story and f"in a model never called before: {story}"[:300]
 

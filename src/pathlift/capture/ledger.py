@@ -152,6 +152,10 @@ class Ledger:
         """Ids of the tensors from outside that were written."""
         return {i for i, (_, slot) in self.external.items() if slot.root.version}
 
+    def written_parameters(self) -> set[str]:
+        """Names of the parameters that the run writes to."""
+        return {self.named[i] for i in self.changed() if i in self.parameters}
+
     def read_as_constants(self) -> set[int]:
         """Ids of the tensors from outside whose values went into the program."""
         return {i for i, (_, slot) in self.external.items() if slot.root.known}

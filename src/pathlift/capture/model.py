@@ -7,12 +7,10 @@ changed more than buffers, it is recorded once more from there, and both records
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,12 +21,13 @@ from pathlift import operations
 from pathlift.capture.fakes import Fakes
 from pathlift.capture.inputs import as_inputs, doubled, tensors_in
 from pathlift.capture.ledger import Ledger, graph_of
+from pathlift.capture.modes import below_autograd, quiet
 from pathlift.capture.names import attributes, check_model, module_paths, named_tensors
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.reads import Reads
 from pathlift.capture.record import Recorder
 from pathlift.capture.refusals import differs, draws, explained, failed, not_recorded
-from pathlift.capture.witness import Witness, uncompiled
+from pathlift.capture.witness import Witness
 from pathlift.collector import uncollected
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
@@ -58,7 +57,7 @@ def capture(
     model = check_model(model, meta=source is not None)
     inputs = as_inputs(example_inputs)
     parameters, buffers, aliases = named_tensors(model)
-    with LOCK, _quiet(), _fake_for_meta(model) as fake:
+    with LOCK, quiet(), _fake_for_meta(model) as fake:
         before = Snapshot(model)
         session = _Session(model, inputs, before, parameters, buffers, fake, both)
         try:
@@ -76,6 +75,7 @@ def capture(
         session.examples,
         session.derived,
         frozenset(n for r in session.recorders for n in r.folded),
+        frozenset(n for r in session.recorders for n in r.ledger.written_parameters()),
     )
 
 
@@ -146,7 +146,7 @@ class _Session:
                     raise draws(self.name, what)
             self.state |= self.before.written()
             if any(not c.in_place and c.attribute != "training" for c in self.before.changed()):
-                later[mode] = Snapshot(self.model)
+                later[mode] = Snapshot(self.model, self.before.kept)
         finally:
             self.before.restore()
         return inputs
@@ -162,6 +162,8 @@ class _Session:
             except Exception:
                 self.before.restore()
             try:
+                for parameter in self.floating.values():
+                    self.before.keep(parameter)  # nobody watches what is written
                 self.set_mode(mode)
                 copied = _copied(inputs)
                 with torch.no_grad(), plain_arithmetic(), callers_device():
@@ -181,7 +183,12 @@ class _Session:
         reads = Reads(lambda tensor: None, True, own)
         # Fast kernels: they change what is inside of an operation, not which one is called.
         fast = torch.backends.mkldnn.flags(enabled=torch._C._get_mkldnn_enabled())
-        with _below_autograd(gradients=True), fast, Witness(self.fake.run) as witness, reads:
+        with (
+            below_autograd(gradients=True),
+            fast,
+            Witness(self.fake.run, self.before.keep) as witness,
+            reads,
+        ):
             self.model(*copied.args, **copied.kwargs)
         return witness.seen
 
@@ -280,7 +287,7 @@ class _Session:
         args, kwargs = pytree.tree_map_only(Tensor, faked, (inputs.args, inputs.kwargs))
         try:
             with (
-                _below_autograd(gradients),
+                below_autograd(gradients),
                 module_paths(ledger.module, model),
                 self.fake,
                 recorder,
@@ -292,7 +299,7 @@ class _Session:
         except Exception as error:
             raise self._refusal(mode, error) from error
         del args, kwargs
-        with _below_autograd(), self.fake:
+        with below_autograd(), self.fake:
             outputs, leaving, made = ledger.results(tensors_in(out), attributes(model))
         self.made.append(made)
         return recorder, graph_of(ledger, mode, symbols, floating(outputs), leaving)
@@ -323,51 +330,6 @@ def _copied(inputs: Inputs) -> Inputs:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor.layout == torch.strided else tensor
-
-
-@contextmanager
-def _below_autograd(gradients: bool = False) -> Iterator[None]:
-    """Operations arrive whole, and nothing is kept for a backward pass.
-
-    Args:
-        gradients: what code is told that asks for the gradient mode.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    level = _functorch_level()
-    with ExitStack() as stack:
-        stack.enter_context(callers_device())
-        stack.enter_context(uncompiled())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(plain_arithmetic())
-        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
-        stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            while _functorch_level() > level:  # vmap levels that an error has left open
-                torch._C._functorch._vmap_decrement_nesting()
-
-
-def _functorch_level() -> int:
-    stack = torch._C._functorch.get_interpreter_stack()
-    return len(stack) if stack else 0
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warning and no log of torch's reaches the user while a model is recorded."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 @contextmanager

@@ -214,6 +214,7 @@ class Program:
             pruned layers): they follow the parameters.
         folded: buffers whose values went into the program: it was computed with them on the way, or
             Python looked at them.
+        written: parameters that a call writes to.
     """
 
     graphs: tuple[Graph, ...]
@@ -225,6 +226,7 @@ class Program:
     examples: dict[bool, Inputs] = field(default_factory=dict)
     derived: frozenset[str] = frozenset()
     folded: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
 
     def value(self, name: str) -> Tensor:
         """The values of a parameter, to be read and then let go; not to be written to."""

@@ -50,6 +50,7 @@ def save(path: Path, program: Program, like: Likeness) -> None:
             ],
             "derived": sorted(program.derived),
             "folded": sorted(program.folded),
+            "written": sorted(program.written),
             "like": like,
             "symbols": writer.symbols,
         }
@@ -88,6 +89,7 @@ def load(path: Path, model: nn.Module) -> Program:
         {mode: Inputs(*reader.value(e)) for mode, e in read["examples"]},
         frozenset(read["derived"]),
         folded,
+        frozenset(read["written"]),
     )
     return rebound(program, model)
 

@@ -13,10 +13,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pathlift.capture.refusals import HigherOrder
+from pathlift.capture.schemas import bound_arguments, plan_of, tensors_of
 
 _COMPILER = "torch._dynamo"
 
@@ -74,11 +76,14 @@ class Witness(Watch):
 
     Args:
         run: calls an operation with its arguments.
+        writing: called with every tensor that is about to be written.
     """
 
-    def __init__(self, run: Callable[[Any, Any, Any], Any]) -> None:
+    def __init__(
+        self, run: Callable[[Any, Any, Any], Any], writing: Callable[[Tensor], None]
+    ) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.writing = run, writing
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -86,4 +91,10 @@ class Witness(Watch):
         if higher_order(func):
             raise HigherOrder(func.name())
         noted(func._schema.name, self.seen)
-        return self.run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        plan = plan_of(func)
+        if plan.mutated:
+            bound = bound_arguments(plan, args, kwargs)
+            for tensor in tensors_of([bound[name] for name in plan.mutated]):
+                self.writing(tensor)
+        return self.run(func, args, kwargs)

@@ -31,6 +31,14 @@ class Memory:
         """Never copy what lies in the storages of this tensor."""
         self._left_out.update(s.data_ptr() for s in storages(tensor))
 
+    def keep(self, tensor: Tensor) -> bool:
+        """Copy what lies in storages that were left out; whether there are any."""
+        names = {s.data_ptr() for s in storages(tensor)} & self._left_out
+        self._left_out -= names
+        if names:
+            self.add(tensor)
+        return bool(names)
+
     def add(self, tensor: Tensor) -> list[int]:
         """Copy the bytes of a tensor's storages; returns the names they have here."""
         found = []

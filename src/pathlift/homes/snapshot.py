@@ -3,9 +3,9 @@
 Remembered are, for every module of the tree and every object of the model's own code that it
 reaches: the attributes, once per container the entries (lists, dicts, sets, deques, also in
 classes), what its functions keep, and the values of buffers, plain tensors, arrays and random
-generators. Of parameters it remembers which they are and where their memory is, not the values: no
-call that a snapshot guards writes to them, and they may be large. Nothing is compared but by
-identity or by bytes, so objects that refuse a comparison do no harm.
+generators. Of parameters it remembers which they are and where their memory is, not the values,
+which may be large: who sees that a call writes to one says so (:meth:`Snapshot.keep`). Nothing is
+compared but by identity or by bytes, so objects that refuse a comparison do no harm.
 
 Not seen: functions of other files, caches around functions, state kept in C.
 """
@@ -13,7 +13,7 @@ Not seen: functions of other files, caches around functions, state kept in C.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, ModuleType
@@ -93,9 +93,10 @@ class Snapshot:
 
     Args:
         model: the module; nothing in it is changed, and forward is not run.
+        keep: parameters whose values are remembered, too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, keep: Iterable[Tensor] = ()) -> None:
         self.model = model
         self._seen: dict[int, object] = {}
         self._held: dict[int, list[_Holder]] = {}
@@ -106,9 +107,17 @@ class Snapshot:
         # Parameters first: what shares memory with them is not copied.
         for parameter in model.parameters():
             self._memory.leave_out(parameter)
+        self.kept: list[Tensor] = []
+        for tensor in keep:
+            self.keep(tensor)
         self._walk()
         devices = {state.tensor.device for state, _ in self._tensors.values()}
         self._put_back += [partial(put, get()) for get, put in _random_states(devices)]
+
+    def keep(self, tensor: Tensor) -> None:
+        """Remember the values of a parameter that is about to be written, by whichever view."""
+        if self._memory.keep(tensor):
+            self.kept.append(tensor)
 
     def _walk(self) -> None:
         waiting: list[tuple[object, _Place]] = [(self.model, _Place("", ""))]
