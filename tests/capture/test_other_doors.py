@@ -432,3 +432,17 @@ def test_parameters_that_forward_writes_are_put_back() -> None:
     assert not model.mean.any() and report.max_output_change == 0
     assert pathlift.rescaling_group(model.eval(), x).num_scales == 0
     assert not model.mean.any()
+
+
+class WithoutLength(tuple):
+    """A tuple that will not say how long it is."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_odd_attributes_do_no_harm() -> None:
+    model, x = Base(), torch.randn(3, 4)
+    model.kinds = WithoutLength((1, 2))
+    model.register_buffer("places", torch.eye(2).to_sparse())
+    assert pathlift.condition_(model, x, exact=True).num_scales == WIDTH

@@ -241,11 +241,15 @@ def run_model(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
 
 
 def same(before: list[Tensor], after: list[Tensor]) -> bool:
+    def equal(a: Tensor, b: Tensor) -> bool:
+        if a.is_sparse:
+            a, b = a.to_dense(), b.to_dense()
+        if not a.is_floating_point():
+            return torch.equal(a, b)
+        return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+
     return len(before) == len(after) and all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
-        if a.is_floating_point()
-        else torch.equal(a, b)
-        for a, b in zip(before, after, strict=True)
+        equal(a, b) for a, b in zip(before, after, strict=True)
     )
 
 

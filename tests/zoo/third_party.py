@@ -73,7 +73,18 @@ def build(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model, inputs = recipes()[name].build()
     randomise_(model)
+    _initialise_(model)
     return model, inputs
+
+
+def _initialise_(model: nn.Module) -> None:
+    """Values for parameters that a library makes with ``torch.empty`` and loads later."""
+    tiny = torch.finfo(torch.float32).tiny
+    with torch.no_grad():
+        for parameter in model.parameters():
+            sizes = parameter.abs() if parameter.dtype == torch.float32 else torch.ones(1)
+            if bool((~sizes.isfinite() | ((sizes > 0) & (sizes < 16 * tiny))).any()):
+                parameter.normal_(0, 0.1)
 
 
 def survey(name: str) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _note(path: str, value: Any, found: State, depth: int) -> None:
         for key, item in value.items():
             _note(f"{path}[{key!r}]" if not isinstance(key, str) else f"{path}.{key}", item, found, depth - 1)  # fmt: skip
     elif isinstance(value, (list, tuple, set, frozenset)) and depth:
-        found[path] = (type(value), len(value))
+        found[path] = (type(value), sum(1 for _ in value))  # some have no len
         if not isinstance(value, (set, frozenset)):
             for k, item in enumerate(value):
                 _note(f"{path}[{k}]", item, found, depth - 1)

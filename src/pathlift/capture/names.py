@@ -119,7 +119,7 @@ def check_model(model: object, meta: bool = False) -> nn.Module:
                 f"'{name}' was made in inference mode, outside of which it can't be written. Make "
                 f"the model outside torch.inference_mode(), then call again."
             )
-        if tensor.layout != torch.strided:
+        if tensor.layout != torch.strided and name in parameters:
             raise CaptureError(
                 f"'{name}' has layout {tensor.layout}; only strided (dense) tensors are "
                 f"supported. Convert it with .to_dense()."

@@ -218,4 +218,7 @@ def same(a: Pairs, b: Pairs) -> bool:
 
 def parts(value: object) -> Sequence[object]:
     """Entries of what can't change itself but may hold what can."""
-    return tuple(value) if issubclass(type(value), (tuple, frozenset)) else ()  # type: ignore[arg-type]
+    # Whatever its class overrides: some have no length.
+    if isinstance(value, tuple):
+        return list(tuple.__iter__(value))
+    return list(frozenset.__iter__(value)) if isinstance(value, frozenset) else ()

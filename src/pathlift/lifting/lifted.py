@@ -259,10 +259,13 @@ def _per_sample(entry: Operation, context: Squares, call: Call, arguments: dict[
     if not full or any(t.stride(0) != 0 for t in full):
         return reading(context, call, **arguments)
 
+    def first(tensor: Tensor) -> Tensor:
+        return tensor[:1] if tensor.dim() == rank and tensor.shape[0] == size else tensor
+
     def cut(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [cut(v) for v in value]
-        return _both(value, lambda t: t[:1] if t.dim() == rank and t.shape[0] == size else t)
+        return first(value) if isinstance(value, Tensor) else _both(value, first)
 
     def widen(value: Any) -> Any:
         return _both(value, lambda t: t.expand(size, *t.shape[1:]))
