@@ -23,7 +23,8 @@ from torch import Tensor
 
 from pathlift.solve.matrix import Array
 from pathlift.solve.sums import Classes, classes_of, reduce_to
-from pathlift.symmetry.group import ParameterScales, RescalingGroup
+from pathlift.symmetry.group import RescalingGroup
+from pathlift.symmetry.rows import ParameterScales
 
 IntArray = NDArray[np.int64]
 _Terms = list[tuple[int, Tensor]]

@@ -15,7 +15,8 @@ from scipy.sparse import linalg
 from torch import Tensor
 
 from pathlift.solve.matrix import Array
-from pathlift.symmetry.group import ParameterScales, RescalingGroup
+from pathlift.symmetry.group import RescalingGroup
+from pathlift.symmetry.rows import ParameterScales
 
 _ACCURACY = 1e-13
 _STEPS = 2000

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pathlift.errors import ArgumentError
 from pathlift.solve.matrix import Array, to_numpy
-from pathlift.symmetry.group import ParameterScales
+from pathlift.symmetry.rows import ParameterScales
 from pathlift.tensors.pieces import entries_at_a_time
 from pathlift.tensors.product import Product
 
