@@ -104,3 +104,24 @@ def test_reported_is_measured_and_a_second_call_gains_nothing(name: str, exact: 
     assert abs(again.imbalance_before - report.imbalance_after) < 1e-6
     if not exact:
         assert again.imbalance_before - again.imbalance_after < 1e-6
+
+
+class DropsAConstant(nn.Module):
+    """Dropout over what no input and no parameter decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.register_buffer("table", torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x)) * nn.functional.dropout(self.table, 0.5, self.training)
+        return self.second(h)
+
+
+def test_no_draw_decides_what_is_reported() -> None:
+    torch.manual_seed(0)
+    model, x = DropsAConstant(), torch.randn(2, 4)
+    first = pathlift.condition_(model, x, verify=False)
+    again = pathlift.condition_(model, x, verify=False)
+    assert abs(first.imbalance_after - again.imbalance_before) < 1e-6

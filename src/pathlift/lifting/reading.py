@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pathlift.capture.program import Call, Graph, Program, Symbol, call, symbols_in
 from pathlift.lifting.parameters import DroppedParameters, KeptParameters
-from pathlift.lifting.samples import Statistics
+from pathlift.lifting.samples import Statistics, one_draw
 from pathlift.lifting.values import Lifted, Squares, at_most_one
 from pathlift.operations.table import TABLE, NoPaths, Operation, Undescribed, described
 
@@ -148,9 +148,11 @@ def _leaves(nested: Any) -> list[Any]:
 
 
 def _constants(context: Squares, one: Call, arguments: dict[str, Any]) -> list[Any]:
-    """Operations on constants are run as they are."""
+    """Operations on constants are run as they are; no draw makes one call differ from the next."""
+    if "train" in arguments:  # dropout: what it keeps on average
+        arguments = {**arguments, "train": False}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), one_draw():
             found = call(one.target, arguments)
     except Exception:  # inputs of the graph that are not tensors
         return [None] * len(one.outputs)

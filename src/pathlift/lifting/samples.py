@@ -41,7 +41,7 @@ def batch_statistics(program: Program, training: bool) -> Statistics:
     )
     found: Statistics = {}
     wanted = {graph.calls[k] for k in untouched}
-    with torch.no_grad(), plain_arithmetic(), _one_draw():
+    with torch.no_grad(), plain_arithmetic(), one_draw():
         walk(start, _Values(program, wanted, found))
     return found
 
@@ -61,7 +61,7 @@ def variance_room(program: Program) -> dict[str, Tensor]:
     if not norms:
         return {}
     measured: Statistics = {}
-    with torch.no_grad(), plain_arithmetic(), _one_draw():
+    with torch.no_grad(), plain_arithmetic(), one_draw():
         walk(graph, _Values(program, set(norms), measured))
     found: dict[str, Tensor] = {}
     for one in norms:
@@ -73,7 +73,7 @@ def variance_room(program: Program) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _one_draw() -> Iterator[None]:
+def one_draw() -> Iterator[None]:
     """The same random numbers every time (dropout), and the caller's generator left as it was."""
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)
