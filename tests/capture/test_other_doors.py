@@ -446,3 +446,32 @@ def test_odd_attributes_do_no_harm() -> None:
     model.kinds = WithoutLength((1, 2))
     model.register_buffer("places", torch.eye(2).to_sparse())
     assert pathlift.condition_(model, x, exact=True).num_scales == WIDTH
+
+
+class Passes(Base):
+    """Messages along the edges of a graph that are no loops: how many there are, the edges decide."""
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        edges = edges[:, edges[0] != edges[1]]
+        h = self.hidden(x)
+        return self.second(torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]))
+
+
+class OnOneGraph(nn.Module):
+    def __init__(self, model: nn.Module, edges: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("edges", edges)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x, self.edges)
+
+
+def test_edges_in_a_buffer_decide_sizes() -> None:
+    torch.manual_seed(0)
+    model, x, edges = Passes(), torch.randn(3, 4), torch.tensor([[0, 1, 2, 2], [1, 1, 0, 1]])
+    with pytest.raises(pathlift.CaptureError, match="holds that input in a buffer"):
+        pathlift.rescaling_group(model, (x, edges))
+    before = model(x, edges)
+    assert pathlift.condition_(OnOneGraph(model, edges), x, exact=True).num_scales == WIDTH
+    assert torch.equal(model(x, edges), before)

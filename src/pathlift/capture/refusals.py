@@ -26,6 +26,11 @@ _BRANCHES = (
     "on values, or condition the part of the model before or after it"
 )
 
+_SIZES = (
+    "Use torch.where or masks of a fixed size; or, where an input of integers decides it (edges of "
+    "a graph), wrap the model in a module that holds that input in a buffer, and condition that"
+)
+
 # What PyTorch says where a model leaves what can be recorded -> what that is, and what to do.
 _KNOWN = (
     (
@@ -86,6 +91,7 @@ def explained(model: str, mode: bool, inputs: Inputs, error: BaseException) -> C
         )
     elif isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         why = "the size of a tensor, or a branch, depends on values"
+        advice = _SIZES
     elif isinstance(error, CaptureError):
         why, advice = text.rstrip("."), ""
     else:
