@@ -277,6 +277,9 @@ FORWARDS: dict[str, Forward] = {
     "lists of tensors": of_each,
     "strides by hand": lambda m, x: m.second(m.hidden(x).as_strided((3, WIDTH), (1, 1))),
     "bits": lambda m, x: m.second((m.hidden(x).view(torch.int32) & -65536).view(torch.float32)),
+    "rows where something holds": lambda m, x: m.second(
+        m.hidden(x)[torch.where(m.hidden(x).sum(1) > 0)[0]]
+    ),
     "places where something holds": lambda m, x: m.second(
         torch.zeros(3, WIDTH).index_put(tuple((m.hidden(x) > 0).nonzero().t()), torch.ones(()))
     ),
@@ -327,6 +330,7 @@ WORDS = {
     "random": "draws random numbers from Python's random",
     "NumPy's random": "draws random numbers from NumPy's random",
     "an operation without shapes": "register_fake",
+    "rows where something holds": "depends on values",
     "a gradient": "derivatives are not followed",
     "a branch as an operation": "higher-order operation 'cond'",
     "jagged tensors": "nested tensors",

@@ -228,6 +228,8 @@ def _follows_from_shapes(func: Any) -> bool:
     if func.namespace != "aten":
         return False
     name = func._schema.name.removeprefix("aten::")
+    if name == "where" and len(func._schema.arguments) == 1:
+        return False  # where something holds: how often, values decide
     listed = name in _REMEMBERED or name.removesuffix("_") in _REMEMBERED
     return listed and not _VALUE_TAGS.intersection(func.tags)
 
