@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -206,6 +207,12 @@ def collects(self: Any, x: Tensor) -> Tensor:
     return self.second(torch.relu(self.second(self.hidden(x)) @ self.second.weight))
 
 
+def checks_padding(self: Any, x: Tensor) -> Tensor:
+    if type(x) is Tensor and bool((x[:, [-1, 0]] > 100).any()):
+        warnings.warn("large", stacklevel=1)
+    return self.second(self.hidden(x))
+
+
 def other_type(self: Any, x: Tensor) -> Tensor:
     torch.set_default_dtype(torch.float64)
     return self.second(self.hidden(x))
@@ -238,6 +245,7 @@ FORWARDS: dict[str, Forward] = {
     "counts in an attribute of a function": counted_in_an_attribute,
     "counts in a global": counted_in_a_global,
     "writes into a text": lambda m, x: (m.second(m.hidden(x)), f"{m.hidden(x).mean():.3f}")[0],
+    "checks values where nothing traces": checks_padding,
     "catches a refusal": caught,
     "random": lambda m, x: sampled(random.random, m, x),
     "NumPy's random": lambda m, x: sampled(np.random.rand, m, x),

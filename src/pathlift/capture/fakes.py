@@ -9,6 +9,7 @@ the same numbers is looked up first; only what was not seen is worked out.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pathlift.capture.refusals import ELSEWHERE
 from pathlift.capture.schemas import plan_of
 from pathlift.capture.witness import Watch
+from pathlift.errors import CaptureError
 
 # Operations whose results have shapes that follow from those of the arguments, never from values,
 # and whose results are either new or over the memory of the first argument. With or without "_".
@@ -41,7 +44,7 @@ _NAMES = """
     relu add sub rsub mul div neg abs exp log sqrt rsqrt reciprocal pow
     sigmoid tanh silu gelu mish elu celu softplus leaky_relu prelu _prelu_kernel
     hardtanh hardswish hardsigmoid clamp clamp_min clamp_max maximum minimum where lerp
-    empty empty_like new_empty rand randn bernoulli uniform normal
+    empty empty_like new_empty rand randn bernoulli uniform normal _grouped_mm
 """
 _REMEMBERED = frozenset(_NAMES.split())
 _DEVICE = torch.ops.prim.device.default
@@ -107,8 +110,16 @@ class Fakes(FakeTensorMode):
         )
         self.fake_tensor_converter = FakeTensorConverter(copy_data=False)
         self.known, self._whole = known, False
+        # The state that a mode keeps while it is entered belongs to one thread.
+        self._thread, self.elsewhere = threading.get_ident(), False
         self._twins: dict[int, tuple[Tensor, FakeTensor]] = {}
         self._seen: dict[Any, Any] = {}
+
+    def __enter__(self) -> Any:
+        if threading.get_ident() != self._thread:
+            self.elsewhere = True
+            raise CaptureError(ELSEWHERE)
+        return super().__enter__()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

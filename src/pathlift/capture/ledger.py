@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pathlift.capture.aliases import Root, Slot, Step, overwritten
 from pathlift.capture.program import Call, Graph, Symbol, call, symbols_in
+from pathlift.capture.refusals import ELSEWHERE
 from pathlift.capture.schemas import Plan, mapped, plan_of, tensors_of
 from pathlift.errors import CaptureError
 
@@ -197,10 +198,7 @@ class Ledger:
             kind = "parameter" if id(tensor) in self.parameters else "buffer"
             what = f"{kind} '{name}'"
         elif _is_fake(tensor):
-            raise CaptureError(
-                "it uses a tensor that was computed where its operations can't be followed, such "
-                "as in another thread. Compute it in the thread that calls the model."
-            )
+            raise CaptureError(ELSEWHERE)
         known = not (id(tensor) in self.parameters or id(tensor) in self.state or _is_fake(tensor))
         root = Root(external=what, symbolic=not known, known=known)
         if not known:

@@ -26,8 +26,8 @@ from pathlift.capture.names import attributes, check_model, module_paths, named_
 from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, floating
 from pathlift.capture.reads import Reads
 from pathlift.capture.record import Recorder
-from pathlift.capture.refusals import differs, draws, explained, failed, not_recorded
-from pathlift.capture.witness import Witness
+from pathlift.capture.refusals import ELSEWHERE, differs, draws, explained, failed, not_recorded
+from pathlift.capture.witness import Witness, agree
 from pathlift.collector import uncollected
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
@@ -216,7 +216,7 @@ class _Session:
         runs.
         """
         graph = self._record(mode, inputs, start)
-        if not self.real or self.recorders[-1].seen == seen:
+        if not self.real or (seen is not None and agree(seen, self.recorders[-1].seen)):
             return [graph]
         try:
             # Once more: what lives in caches and globals was not there the first time.
@@ -225,10 +225,10 @@ class _Session:
             raise failed(self.name, mode, mode == self.own, self.inputs, error) from error
         finally:
             start.restore()
-        if self.recorders[-1].seen == seen:
+        if agree(seen, self.recorders[-1].seen):
             return [graph]
         other = self._record(mode, inputs, start, gradients=True)
-        if self.recorders[-1].seen == seen:
+        if agree(seen, self.recorders[-1].seen):
             return [graph, other]
         raise differs(self.name, mode, seen, self.recorders[-1].seen)
 
@@ -296,6 +296,8 @@ class _Session:
                     out = model(*args, **kwargs)
                 if recorder.refused is not None:  # the model's own code has caught it
                     raise recorder.refused
+                if self.fake.elsewhere:
+                    raise CaptureError(ELSEWHERE)
         except Exception as error:
             raise self._refusal(mode, error) from error
         del args, kwargs

@@ -26,6 +26,11 @@ _BRANCHES = (
     "on values, or condition the part of the model before or after it"
 )
 
+ELSEWHERE = (
+    "it uses a tensor that was computed where its operations can't be followed, such as in another "
+    "thread. Compute it in the thread that calls the model."
+)
+
 _SIZES = (
     "Use torch.where or masks of a fixed size; or, where an input of integers decides it (edges of "
     "a graph), wrap the model in a module that holds that input in a buffer, and condition that"
@@ -33,11 +38,6 @@ _SIZES = (
 
 # What PyTorch says where a model leaves what can be recorded -> what that is, and what to do.
 _KNOWN = (
-    (
-        r"fake_mode.in_kernel_invocation must be False",
-        "it computes in several threads at once, which can't be followed",
-        "Compute in the thread that calls the model",
-    ),
     (
         r"__torch__\.torch\.classes",
         "it computes with objects of PyTorch's own in place of tensors (packed, quantised weights)",

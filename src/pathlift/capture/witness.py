@@ -7,7 +7,7 @@ for real than on fake tensors. Then the operations differ in their names or thei
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -27,6 +27,7 @@ QUERIES = frozenset({"prim::device", "prim::layout", "aten::sym_size", "aten::sy
 QUERIES |= {"aten::sym_numel", "aten::sym_storage_offset", "aten::is_contiguous"}
 QUERIES |= {"aten::is_strides_like_format", "aten::is_non_overlapping_and_dense", "aten::dim"}
 QUERIES |= {"aten::size", "aten::stride", "aten::storage_offset", "aten::numel", "aten::is_pinned"}
+_VALUES = frozenset({"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"})
 _SILENT = QUERIES | {"aten::detach", "aten::alias", "aten::lift_fresh"}
 
 
@@ -34,6 +35,24 @@ def noted(name: str, seen: list[str]) -> None:
     """Add a call to what was seen, unless it depends on the kind of tensor alone."""
     if name not in _SILENT:
         seen.append(name)
+
+
+def agree(real: Sequence[str], recorded: Sequence[str]) -> bool:
+    """Whether a record stands for a real run.
+
+    Libraries leave out checks of values where a tracer runs (a warning about padding, say). So a
+    real run may have more: calls that end in the reading of a value, after which it goes on as
+    recorded. What else it does for other values is verified, not shown.
+    """
+    k = 0
+    for name in recorded:
+        if k < len(real) and real[k] != name:
+            reads = (j for j in range(k, len(real)) if real[j] in _VALUES)
+            k = next(reads, len(real)) + 1
+        if k >= len(real) or real[k] != name:
+            return False
+        k += 1
+    return k == len(real)
 
 
 def higher_order(func: Any) -> bool:
