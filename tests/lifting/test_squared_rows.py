@@ -170,3 +170,21 @@ def test_sums_of_products(
         atol=10 * scale,
     )
     np.testing.assert_array_equal(round_scales(a.operator, point), round_scales(b.operator, point))
+
+
+def test_memory_that_is_used_again_is_not_taken_for_a_square() -> None:
+    program = capture(Network(), torch.randn(3, 7))
+    store = parameters.DroppedParameters(program, torch.float64, lambda name, gradient: None)
+    square = store.open("first.weight", by_rows=False)
+    assert isinstance(square, Tensor)
+    address, size = square.data_ptr(), square.numel()
+    del square  # read, and not yet closed: a view of it may be in use
+    for _ in range(100):
+        other = torch.randn(size, dtype=torch.float64, requires_grad=True)
+        if other.data_ptr() == address:
+            break
+    else:
+        pytest.skip("the allocator did not use the memory again")
+    with store.saved():
+        result = other.square().sum()
+    assert torch.equal(torch.autograd.grad(result, other)[0], 2 * other)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pathlift.capture.program import Program
 from pathlift.tensors.pieces import entries_at_a_time
@@ -87,7 +88,8 @@ class DroppedParameters:
         self.dtype, self.device = dtype, program.device
         self._program, self._sink = program, sink
         self._names = {n for n, q in program.parameters.items() if q.is_floating_point()}
-        self._live: dict[int, str] = {}  # address of a square that is in memory -> its name
+        # Address of a square -> its name, as long as its memory is not freed.
+        self._live: dict[int, tuple[str, StorageWeakRef]] = {}
         self._addresses: dict[str, int] = {}
         self.arrived: set[str] = set()
 
@@ -116,9 +118,10 @@ class DroppedParameters:
             self.units[name] = unit_exponent(value)
             return SquaredRows(self, name, value)
         u: Tensor = _Square.apply(self.token, self, name)  # type: ignore[no-untyped-call]
-        address = u.untyped_storage().data_ptr()
+        storage = u.untyped_storage()
+        address = storage.data_ptr()
         if address:
-            self._live[address] = name
+            self._live[address] = name, StorageWeakRef(storage)
             self._addresses[name] = address
         return u
 
@@ -135,8 +138,8 @@ class DroppedParameters:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
-        name = self._live.get(tensor.untyped_storage().data_ptr())
-        if name is None:
+        name, memory = self._live.get(tensor.untyped_storage().data_ptr(), (None, None))
+        if name is None or memory is None or memory.expired():
             return tensor
         return name, tensor.shape, tensor.stride(), tensor.storage_offset()
 
