@@ -172,19 +172,25 @@ def test_sums_of_products(
     np.testing.assert_array_equal(round_scales(a.operator, point), round_scales(b.operator, point))
 
 
-def test_memory_that_is_used_again_is_not_taken_for_a_square() -> None:
-    program = capture(Network(), torch.randn(3, 7))
-    store = parameters.DroppedParameters(program, torch.float64, lambda name, gradient: None)
+def _in_the_place_of_a_square(store: parameters.DroppedParameters) -> Tensor | None:
+    """A tensor that lies where a square lay that was read, and is not closed yet."""
     square = store.open("first.weight", by_rows=False)
     assert isinstance(square, Tensor)
     address, size = square.data_ptr(), square.numel()
-    del square  # read, and not yet closed: a view of it may be in use
-    for _ in range(100):
-        other = torch.randn(size, dtype=torch.float64, requires_grad=True)
-        if other.data_ptr() == address:
-            break
-    else:
+    del square  # a view of it may be in use
+    held = [torch.randn(size, dtype=torch.float64) for _ in range(50)]
+    return next((t for t in held if t.data_ptr() == address), None)
+
+
+def test_memory_that_is_used_again_is_not_taken_for_a_square() -> None:
+    program = capture(Network(), torch.randn(3, 7))
+    store = parameters.DroppedParameters(program, torch.float64, lambda name, gradient: None)
+    other = next(
+        (t for _ in range(200) if (t := _in_the_place_of_a_square(store)) is not None), None
+    )
+    if other is None:
         pytest.skip("the allocator did not use the memory again")
+    other.requires_grad_()
     with store.saved():
         result = other.square().sum()
     assert torch.equal(torch.autograd.grad(result, other)[0], 2 * other)
