@@ -89,7 +89,7 @@ def written_scales(inf: Any, call: Call, x: Value, source: Any, write: Write) ->
         return Form(shape, why=given.why)
     if write.mode == SET and not write.dims and shape.numel() <= _MAX_WRITTEN:
         where = _places(shape, write)
-        if where.unique().numel() == where.numel():
+        if _all_differ(where, shape.numel()):
             return _written_ids(inf, x, value, shape, where, write)
     place = write.read(torch.zeros((), dtype=torch.int64).expand(shape)).shape
     if free:
@@ -109,6 +109,12 @@ def _free_form(inf: Any, shape: torch.Size, place: torch.Size, write: Write) -> 
     moving = [d for d in range(len(shape)) if d not in tied]
     form: Form = inf.fresh_form(shape, moving)
     return form
+
+
+def _all_differ(where: Tensor, count: int) -> bool:
+    """Whether no position below ``count`` is written twice: marked, not sorted."""
+    written = torch.zeros(count, dtype=torch.bool).index_fill_(0, where, True)
+    return int(written.count_nonzero()) == where.numel()
 
 
 def _places(shape: torch.Size, write: Write) -> Tensor:
