@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from argparse import BooleanOptionalAction
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,12 @@ def run(args: Any) -> dict[str, Any]:
         report = streamed(args, options, lines) if args.stream else _whole(args, options, lines)
     finally:
         lines.close()
-    notes = [] if args.weights else [RANDOM.format(args.seed)]
+    return written(args, report, [])
+
+
+def written(args: Any, report: Any, notes: Sequence[str]) -> dict[str, Any]:
+    """What a command says that has written weights: the report, where they are, and notes."""
+    notes = [*([] if args.weights else [RANDOM.format(args.seed)]), *notes]
     return {
         "data": {
             **report.to_dict(),

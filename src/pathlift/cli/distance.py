@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pathlift.cli.parser import seed
+from pathlift.cli.parser import run_options
 from pathlift.cli.progress import Lines
 
 ABOUT = "Say whether two checkpoints are the same network up to rescaling."
@@ -17,16 +17,8 @@ def add_arguments(parser: Any) -> None:
     add("first", type=Path, help=".safetensors file, index or folder (or .pt/.pth/.bin)")
     add("second", type=Path, help="the other one")
     add("--model", required=True, dest="spec", metavar="SPEC", help="whose weights they are")
-    add(
-        "--input",
-        action="append",
-        metavar="SHAPE[:DTYPE]",
-        required=True,
-        help="shape of one input, such as 1,3,224,224; repeat for several inputs",
-    )
-    add("--mode", choices=("train", "eval"), default="train")
+    run_options(parser)
     add("--batch-norm", choices=("pinned", "invariant"), default="pinned")
-    add("--seed", type=seed, default=0, help="seed before the factory is called")
 
 
 def run(args: Any) -> dict[str, Any]:

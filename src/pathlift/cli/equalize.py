@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathlift.cli.condition import RANDOM, streamed
+from pathlift.cli.condition import streamed, written
 from pathlift.cli.parser import model_options
 from pathlift.cli.progress import Lines
 from pathlift.errors import ArgumentError
@@ -58,26 +58,16 @@ def run(args: Any) -> dict[str, Any]:
 
     check_output(args.output)
     lines = Lines()
-    notes = [] if args.weights else [RANDOM.format(args.seed)]
     try:
         if args.stream:
             report: Any = _streamed(args, lines)
-            notes.append(STREAMED)
+            notes = [STREAMED]
         else:
             report = _whole(args, lines)
-            notes += [] if args.examples else [NOISE]
+            notes = [] if args.examples else [NOISE]
     finally:
         lines.close()
-    return {
-        "data": {
-            **report.to_dict(),
-            "output": str(args.output),
-            "random_weights": args.weights is None,
-        },
-        "text": "\n".join(
-            [str(report), f"written      {args.output}", *(f"note         {n}" for n in notes)]
-        ),
-    }
+    return written(args, report, notes)
 
 
 def _whole(args: Any, lines: Lines) -> Any:

@@ -65,6 +65,12 @@ def model_options(parser: Any) -> None:
     add = parser.add_argument
     add("spec", help="torchvision:NAME, timm:NAME, package.module:FACTORY or file.py:FACTORY")
     add("--weights", type=Path, help=".safetensors file, index or folder (or .pt/.pth/.bin)")
+    run_options(parser)
+
+
+def run_options(parser: Any) -> None:
+    """How the model of a command is made and run."""
+    add = parser.add_argument
     add(
         "--input",
         action="append",
