@@ -15,6 +15,9 @@ sample. All figures of a row come from one process, one after the other:
   sample, capture included; enorm: ``condition_(criterion="weight-norm", exact=False)``.
 - torch-pruning, toolkit, ENorm: see ``peers.py``; "-" where there is none, with the reason in the
   JSON file.
+- With ``--device cuda`` models and batches lie there, and every clock waits for it; extra MB is
+  then its own allocator's. syncs: how often ``Conditioner.condition_(verify=False)`` waits for the
+  device.
 - With ``--cpu`` seconds are those of the process itself, for a machine that does other work; the
   call's parts are always by the clock.
 - passes: evaluations of the solver over the reduced matrices.
@@ -27,6 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import gc
 import itertools
 import json
@@ -34,6 +38,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +68,7 @@ COLUMNS = (
     "ENorm",
     "passes",
     "certificate",
+    "syncs",
     "extra MB",
     "reduced MB",
     "largest MB",
@@ -85,7 +91,7 @@ def _without_operators() -> None:
     library = torch.library.Library("torchvision", "FRAGMENT")
     _libraries.append(library)
     for operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operator):
+        if torch.version.cuda is None and not hasattr(torch.ops.torchvision, operator):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
@@ -180,6 +186,8 @@ MODELS: dict[str, tuple[Make, Callable[[int], Tensor]]] = {
 
 def clock() -> float:
     """Seconds: of the clock, or of this process's own work where the machine does other work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.process_time() if "--cpu" in sys.argv else time.perf_counter()
 
 
@@ -207,13 +215,40 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
+def extra_memory(work: Callable[[], Any], device: str) -> float:
+    """Peak memory of some work above what was taken before, in MB."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    _forget_peak()
+    resident = _status("VmRSS")
+    work()
+    return _status("VmHWM") - resident
+
+
+def waits(work: Callable[[], Any], device: str) -> float:
+    """How often the host waits for the device; nan without one."""
+    if device == "cpu":
+        return float("nan")
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return float(sum("synchroniz" in str(w.message) for w in noted))
+
+
+def measure(name: str, repeats: int, device: str = "cpu") -> dict[str, Any]:
     """Samples of one model: column -> list (or one number, or why there is none)."""
     make, batch = MODELS[name]
     torch.manual_seed(0)
-    model = make()
+    model = make().to(device)
     initial = copy.deepcopy(model.state_dict())
-    one, two, many = batch(1), batch(2), batch(32)
+    one, two, many = (batch(n).to(device) for n in (1, 2, 32))
     with torch.no_grad():
         model(two)
 
@@ -240,17 +275,17 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         conditioner.condition_()
         found["again"].append(clock() - start)
     # Memory: a call of its own, with nothing to compare beside it.
+    unverified = functools.partial(conditioner.condition_, verify=False)
     fresh()
-    _forget_peak()
-    resident = _status("VmRSS")
-    conditioner.condition_(verify=False)
-    found["extra MB"] = _status("VmHWM") - resident
+    found["extra MB"] = extra_memory(unverified, device)
+    fresh()
+    found["syncs"] = waits(unverified, device)
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     found["largest MB"] = max(sizes) / 2**20
     found["reduced MB"] = report.reduced_bytes / 2**20
     found["passes"], found["certificate"] = report.passes, report.gradient_norm
     found["parameters"] = sum(p.numel() for p in model.parameters())
-    del conditioner
+    del conditioner, unverified
     fresh()
 
     model.eval()  # in training mode a batch norm refuses one value per channel
@@ -301,21 +336,27 @@ def row(found: dict[str, Any]) -> dict[str, float]:
     return {key: values.get(key, float("nan")) for key in COLUMNS}
 
 
+def named(device: str) -> str:
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--cpu", action="store_true", help="count the process's own seconds")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.repeats)))
+        print(json.dumps(measure(args.one, args.repeats, args.device)))
         return
     rows: dict[str, Any] = {}
     for name in args.models.split(","):
         command = [sys.executable, "-W", "ignore", __file__, "--one", name]
-        command += ["--repeats", str(args.repeats), *(["--cpu"] if args.cpu else [])]
+        command += ["--repeats", str(args.repeats), "--device", args.device]
+        command += ["--cpu"] if args.cpu else []
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{name:<18} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
@@ -327,6 +368,7 @@ def main() -> None:
         print(" ".join([f"{name:<18}", *cells]), flush=True)
         if args.json:
             about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            about["device"] = named(args.device)
             about["clock"] = "process" if args.cpu else "wall"
             args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 # torchvision has no CPU build for this torch; it imports once its two operators have a schema
 # (which lasts as long as the library object).
-_LIBRARY = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+if torch.version.cuda is None:
+    for _name in ("nms", "qnms"):
+        _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def randomise_(model: nn.Module) -> None:
