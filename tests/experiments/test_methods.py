@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 
 import pathlift
+from pathlift.errors import ArgumentError
 from pathlift.experiments.architectures import mlp
 from pathlift.experiments.data import Data
-from pathlift.experiments.methods import first_powers, method_named, start
+from pathlift.experiments.methods import (
+    equal_spectral_norms_,
+    first_powers,
+    method_named,
+    start,
+)
 
 EXAMPLE = torch.zeros(2, 5)
 
@@ -68,3 +74,16 @@ def test_continuous_is_nearer_the_optimum_than_powers_of_two() -> None:
     assert values[0] < values[1] < values[2]
     scales = found["path"].log2_scales
     assert scales is not None and scales.dtype == torch.int64
+
+
+def test_spectral_norms_are_made_equal_and_the_function_kept() -> None:
+    torch.manual_seed(4)
+    data = Data("made", torch.randn(8, 5), torch.zeros(8, dtype=torch.int64), 4)
+    model = mlp((5, 40, 3, 4))
+    before = model(data.inputs)
+    start(method_named("spectral"), model, data)
+    norms = [float(torch.linalg.matrix_norm(model[k].weight.detach(), 2)) for k in (0, 2, 4)]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+    torch.testing.assert_close(model(data.inputs), before)
+    with pytest.raises(ArgumentError, match="linear layers and ReLU only; found BatchNorm1d"):
+        equal_spectral_norms_(mlp((5, 4, 3), batch_norm=True))

@@ -99,6 +99,22 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_job_that_fails_stops_no_other(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def run(cells: tuple[Cell, ...], place: Place) -> list[dict]:
+        if cells[0].norm:
+            raise ArgumentError("not this one")
+        return run_job(cells, place)
+
+    store = Store(tmp_path)
+    cells = [replace(CELL, norm=True), CELL]
+    with pytest.raises(ArgumentError, match="not this one"):
+        sweep(cells, store, run=run, progress=said.append)
+    assert store.keys() == {CELL.key}
+    assert any("a job failed: ArgumentError: not this one" in str(line) for line in said)
+
+
 def test_a_rerun_computes_only_what_is_missing(tmp_path: Path) -> None:
     computed: list[str] = []
 
