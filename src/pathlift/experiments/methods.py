@@ -22,6 +22,7 @@ from pathlift.experiments.data import Data
 from pathlift.experiments.runs import Recondition
 
 _FISHER_SAMPLES = 512
+_BATCH = 128  # samples whose statistics stand for a batch's
 SPECTRAL = "spectral"  # no criterion of the library, for a measure of its own is needed
 
 
@@ -100,7 +101,7 @@ def method_named(name: str) -> Method:
 
 def start(method: Method, model: nn.Module, data: Data) -> Start:
     """Condition ``model`` in place as the method does before training."""
-    example = data.inputs[:2]
+    example = _example(model, data)
     seconds, scales = 0.0, None
     if method.criterion is not None:
         warm_up()
@@ -108,14 +109,15 @@ def start(method: Method, model: nn.Module, data: Data) -> Start:
         if method.criterion == SPECTRAL:
             equal_spectral_norms_(model)
         else:
-            criterion = _criterion(method.criterion, model, data)
+            criterion = _criterion(method.criterion, model, data, example)
             report = pathlift.condition_(
                 model, example, criterion=criterion, exact=method.exact, verify=False
             )
             scales = report.log2_scales
         seconds = time.perf_counter() - begin
     try:
-        imbalance = pathlift.imbalance(pathlift.path_kernel_diagonal(model, example))
+        seen = _acquainted(model, example)
+        imbalance = pathlift.imbalance(pathlift.path_kernel_diagonal(seen, example))
     except UnsupportedOperationError:
         imbalance = float("nan")
     return Start(model, seconds, imbalance, scales)
@@ -146,9 +148,29 @@ def equal_spectral_norms_(model: nn.Module) -> None:
             layer.bias.mul_(above.to(layer.bias.dtype))
 
 
-def _criterion(name: str, model: nn.Module, data: Data) -> str | Criterion:
+def _example(model: nn.Module, data: Data) -> Tensor:
+    """Two samples will do for shapes; batch norms are read with the statistics of a batch."""
+    return data.inputs[: _BATCH if _batch_norms(model) else 2]
+
+
+def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+@torch.no_grad()
+def _acquainted(model: nn.Module, example: Tensor) -> nn.Module:
+    """The model, or a copy whose batch norms have the example's statistics, as condition_ reads."""
+    if not _batch_norms(model):
+        return model
+    model = copy.deepcopy(model).train()
+    for norm in _batch_norms(model):
+        norm.momentum = 1.0
+    model(example)
+    return model
+
+
+def _criterion(name: str, model: nn.Module, data: Data, example: Tensor) -> str | Criterion:
     """What :func:`pathlift.condition_` takes for the criterion of a method."""
-    example = data.inputs[:2]
     if name == "fisher":
         return fisher(model, [_pairs(data.first(_FISHER_SAMPLES))], loss_of(data))
     if name == "path-root":
