@@ -26,6 +26,7 @@ def two_moons(small: bool) -> dict[str, Study]:
 
 
 _PAPER = ("baseline", "path", "enorm")
+_FEW = ("baseline", "path-continuous", "enorm-continuous")
 _FINE = ("baseline", "path", "path-continuous", "enorm", "enorm-continuous")
 
 
@@ -68,30 +69,25 @@ def fully_connected(small: bool) -> dict[str, Study]:
 
 
 def fully_convolutional(small: bool) -> dict[str, Study]:
-    settings = {
-        "methods": _PAPER,
-        "data": ("digits" if small else "cifar10",),
-        "optimizers": ("sgd",),
-        "rates": (0.01, 0.03, 0.1, 0.3) if small else (1e-3, 1e-2, 1e-1),
-        "seeds": range(5 if small else 3),
-        "epochs": 20 if small else 128,
-        "initialization": "kaiming-normal",
-    }
-    family = {4.0: "convolutional:4", 8.0: "convolutional:8"} if small else {}
-    family = family or {128.0: "convolutional:128"}
-    return {"": Study("channels", family, settings, None, max(family))}
+    settings = {"optimizers": ("sgd",), "seeds": range(5), "initialization": "kaiming-normal"}
+    if small:
+        found = {"methods": _PAPER, "data": ("digits",), "rates": (0.01, 0.03, 0.1, 0.3)}
+        family = {4.0: "convolutional:4", 8.0: "convolutional:8"}
+        return {"": Study("channels", family, {**settings, **found, "epochs": 20}, None, 8.0)}
+    found = {"methods": _FEW, "data": ("cifar10",), "rates": (0.02, 0.05, 0.125)}
+    family = {32.0: "convolutional:32"}
+    return {"": Study("channels", family, {**settings, **found, "epochs": 5}, None, 32.0)}
 
 
 def resnet(small: bool) -> dict[str, Study]:
-    settings = {
-        "methods": _PAPER,
-        "data": ("digits" if small else "cifar10",),
-        "optimizers": ("sgd",),
-        "rates": (0.01, 0.03, 0.1, 0.3, 1.0) if small else (1e-3, 1e-2, 1e-1),
-        "seeds": range(3),
-        "epochs": 8 if small else 128,
-    }
-    width = 6 if small else 64
+    settings: dict[str, Any] = {"optimizers": ("sgd",)}
+    if small:
+        found = {"methods": _PAPER, "data": ("digits",), "rates": (0.01, 0.03, 0.1, 0.3, 1.0)}
+        settings |= {**found, "seeds": range(3), "epochs": 8}
+    else:
+        found = {"methods": _FEW, "data": ("cifar10",), "rates": (0.05, 0.15, 0.45)}
+        settings |= {**found, "seeds": range(5), "epochs": 5}
+    width = 6 if small else 16
     return {"": Study("channels", {float(width): f"resnet18:{width}"}, settings, None, width)}
 
 

@@ -83,16 +83,17 @@ EXPERIMENTS: dict[str, Experiment] = {
     "fully-convolutional": Experiment(
         "A fully convolutional network",
         "3 layers of w channels, 3 of 2w, two of 5w/2 and the classes (Gitman and Ginsburg), SGD, "
-        "batch 128, Kaiming-normal initialisation, without batch norm. Full: CIFAR-10, w = 128, "
-        "128 epochs, 3 seeds. Small: digits as 8x8 images, w = 4 and 8, 20 epochs, 5 seeds.",
+        "batch 128, Kaiming-normal initialisation, without batch norm, 5 seeds. Full: CIFAR-10 "
+        "(JPEG), w = 32 (the paper's has 128), 5 epochs. Small: digits as 8x8 images, w = 4 and 8, "
+        "20 epochs.",
         _train,
         catalogue.fully_convolutional,
         "-full",
     ),
     "resnet": Experiment(
         "ResNet-18 with 1x1 shortcuts",
-        "SGD, batch 128, 3 seeds. Full: CIFAR-10, 64 channels, 128 epochs. Small: digits as 8x8 "
-        "images, 6 channels, 8 epochs.",
+        "SGD, batch 128. Full: CIFAR-10 (JPEG), 16 channels (the paper's has 64), 5 epochs, 5 "
+        "seeds. Small: digits as 8x8 images, 6 channels, 8 epochs, 3 seeds.",
         _train,
         catalogue.resnet,
         "-full",

@@ -7,6 +7,7 @@ cluster, and every cell is stored as soon as its job is done.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pathlift.errors import ArgumentError
-from pathlift.experiments.architectures import build
+from pathlift.experiments.architectures import IMAGE_KINDS, build
 from pathlift.experiments.data import Data, load
 from pathlift.experiments.methods import Start, method_named, start
 from pathlift.experiments.optional import need
@@ -32,6 +33,7 @@ from pathlift.progress import Step
 _FORMAT = 1  # changes when a cell's row means something else
 # A GPU is only kept busy by many; a job that is cut short loses all of its cells.
 _JOB_CELLS = {"cpu": 64, "cuda": 256}
+_ALONE_CELLS = 8  # of networks that train one at a time anyway
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,7 @@ def sweep(
     known = store.keys()
     missing = {cell.key: cell for cell in cells if cell.key not in known}
     place = place or Place()
-    size = job_cells or _JOB_CELLS.get(torch.device(place.device).type, _JOB_CELLS["cpu"])
-    jobs = list(_jobs(missing.values(), size))
+    jobs = list(_jobs(missing.values(), job_cells, place.device))
     progress(f"{len(cells) - len(missing)} cells are there, {len(missing)} to train")
     failure: Exception | None = None
     if jobs:
@@ -227,16 +228,19 @@ def _attempt(
         return error
 
 
-def _jobs(cells: Iterable[Cell], size: int) -> Iterator[tuple[Cell, ...]]:
-    """Cells that can be stacked, in tuples of at most ``size``."""
+def _jobs(cells: Iterable[Cell], size: int | None, device: str) -> Iterator[tuple[Cell, ...]]:
+    """Cells that can be stacked, in tuples of at most ``size`` (None: what suits the device)."""
+    usual = _JOB_CELLS.get(torch.device(device).type, _JOB_CELLS["cpu"])
     stacks: dict[Cell, list[Cell]] = {}
     for cell in cells:
         stacks.setdefault(cell.stack, []).append(cell)
-    for members in stacks.values():
+    for stack, members in stacks.items():
+        alone = stack.architecture.partition(":")[0] in IMAGE_KINDS
+        most = size or (_ALONE_CELLS if alone else usual)
         # One seed's methods share their network, so they are made once.
         members.sort(key=lambda c: (c.seed, c.method, c.rate))
-        for first in range(0, len(members), size):
-            yield tuple(members[first : first + size])
+        for first in range(0, len(members), most):
+            yield tuple(members[first : first + most])
 
 
 @contextmanager
@@ -299,13 +303,18 @@ def cell_data(cell: Cell, place: Place) -> tuple[Data, Data | None]:
     """Training set and test set (None if nothing is held out), in main memory."""
 
     def one(split: str) -> Data:
-        data = load(cell.data, place.root, split=split, download=place.download)
+        data = _loaded(cell.data, place.root, split, place.download)
         if cell.architecture.startswith("autoencoder"):
             data = data.reconstruction()
         return data
 
     data = one("train" if cell.held_out else "all").first(cell.samples)
     return data, one("test") if cell.held_out else None
+
+
+@functools.lru_cache(maxsize=2)  # a process's jobs mostly share their data: both splits of it
+def _loaded(name: str, root: str | None, split: str, download: bool) -> Data:
+    return load(name, root, split=split, download=download)
 
 
 def run_job(cells: Sequence[Cell], place: Place) -> list[Row]:

@@ -145,14 +145,14 @@ def _convolves(model: nn.Module) -> bool:
 def stacks(model: nn.Module, data: Data) -> bool:
     """Whether runs of this network gain from being stacked, and can be.
 
-    On a CPU: at most :data:`STACK_PARAMETERS` parameters and no convolution (its batched form is
-    a grouped convolution, which is slower than one after the other); anywhere: ``vmap`` has a rule
-    for every operation, and forward does not look at values.
+    No convolution (its batched form is a grouped convolution, which is slower than one after the
+    other); on a CPU at most :data:`STACK_PARAMETERS` parameters; ``vmap`` has a rule for every
+    operation, and forward does not look at values.
     """
     on_cpu = data.inputs.device.type == "cpu"
     if on_cpu and sum(p.numel() for p in model.parameters()) > STACK_PARAMETERS:
         return False
-    if on_cpu and _convolves(model):
+    if _convolves(model):
         return False
     runs = Stack([model], [0.0], [None], data, optimizer_named("sgd"))
     try:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from pathlift.curvature import curvature
+from pathlift.experiments import catalogue
 from pathlift.experiments.architectures import widths_of
 from pathlift.experiments.compare import LABELS
 from pathlift.experiments.exactness import CONTINUOUS, ENORM, LEAST_SEEDS, NONE, fine, rate_of
@@ -25,12 +26,15 @@ from pathlift.experiments.sweep import Cell, Place, cell_data, start_of
 
 FILE = "when.json"
 _BATCHES, _CURVATURE_SEEDS = 4, 1
-FIRST = ("path-root", "path-first")  # first powers in place of squares, for Adam's steps
+# Criteria for steps that don't grow with the gradient: first powers in place of squares for Adam's,
+# equal spectral norms for Muon's.
+FIRST, SPECTRAL = ("path-root", "path-first"), ("spectral",)
+_OWN: dict[str, tuple[str, ...]] = {"sgd": (), "muon": SPECTRAL}
 
 
 def _study(architecture: str, optimizer: str, rates: list[float], **settings: Any) -> Study:
     given = {
-        "methods": (NONE, CONTINUOUS, *(FIRST if optimizer != "sgd" else ())),
+        "methods": (NONE, CONTINUOUS, *_OWN.get(optimizer, FIRST)),
         "data": ("digits",),
         "optimizers": (optimizer,),
         "rates": rates,
@@ -52,6 +56,7 @@ def contrasts() -> dict[str, Study]:
         "-classifier-adam": _study("mlp:256-16-256", "adam", fine(0.0081, 2, 2)),
         "-autoencoder-adam": _study("autoencoder:128-32-8", "adam", fine(0.0054, 2, 2), **code),
         "-autoencoder-adamw": _study("autoencoder:128-32-8", "adamw", fine(0.0054, 2, 2), **code),
+        "-classifier-muon": _study("mlp:256-16-256", "muon", [0.004, 0.008, 0.016, 0.032, 0.064]),
         "-narrow-code": _study("autoencoder:128-32-2", "sgd", fine(1, 2, 2), **code),
         "-wide-middle": _study("mlp:16-256-16", "sgd", fine(0.667, 2, 2)),
         "-language-adamw": _study(
@@ -70,8 +75,16 @@ def contrasts() -> dict[str, Study]:
 
 
 def studies(small: bool) -> dict[str, Study]:
-    """Those of the decision (small: the digits' alone) and the contrasts."""
-    return {**decided(small), **contrasts()}
+    """Those of the decision (small: the digits' alone), contrasts, optimisers, and full sizes."""
+    found = {**decided(small), **contrasts()}
+    gathered = {"optimizers": catalogue.optimizers(True)}
+    if not small:
+        gathered["optimizers-full"] = catalogue.optimizers(False)
+        gathered["autoencoder-full"] = catalogue.autoencoder(False)
+        gathered["fully-connected-full"] = catalogue.fully_connected(False)
+    for name, ones in gathered.items():
+        found |= {f"-{name}{suffix}": study for suffix, study in ones.items()}
+    return found
 
 
 def stable_rate_factor(cell: Cell, place: Place) -> float:
@@ -105,6 +118,7 @@ def entry(setting: Setting, cell: Cell, factor: float) -> dict[str, Any]:
         "initialization": cell.initialization,
         "parameters": setting.parameters,
         "epochs": setting.epochs,
+        "samples": cell.samples,
         "seeds": len(setting.seeds),
         "rates": setting.rates,
         "width_ratio": max(widths) / min(widths),
@@ -158,11 +172,11 @@ def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
     """Gather every study's setting; write ``when.json``."""
     entries = []
     for study in chosen.values():
-        cell = study.cells()[0]
-        settings = settings_of(stored(study, run))
-        run.progress(f"curvature of {cell.architecture}")
-        factor = stable_rate_factor(cell, run.place)
-        entries += [entry(s, cell, factor) for s in settings]
+        cells = {c.architecture: c for c in study.cells()}
+        for setting in settings_of(stored(study, run)):
+            cell = cells[setting.architecture]
+            run.progress(f"curvature of {cell.architecture} on {cell.data}")
+            entries.append(entry(setting, cell, stable_rate_factor(cell, run.place)))
     text = json.dumps(plain(entries), indent=1)
     (run.output / FILE).write_text(text + "\n", encoding="utf-8")
     return Result([], [_table(entries)], _sentences(entries))
