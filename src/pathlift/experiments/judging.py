@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ _RANK = {LIKELY: 2, NOTHING: 1, DONT: 0}
 
 def facts_of_entry(entry: Entry) -> Facts:
     """What ``advise`` would know of a setting of ``when.json`` before it is trained."""
-    after = entry["methods"][CONTINUOUS]["imbalance_after"]
+    # None or NaN where paths are not defined.
+    before, after = entry["imbalance_before"], entry["methods"][CONTINUOUS]["imbalance_after"]
     kind = entry["architecture"].partition(":")[0]
     return Facts(
         1,
-        entry["imbalance_before"] or 0.0,  # None where paths are not defined
-        after or 0.0,
+        0.0 if before is None or math.isnan(before) else before,
+        0.0 if after is None or math.isnan(after) else after,
         entry["width_ratio"],
         batch_norms=1.0 if entry["batch_norm"] or kind == "resnet18" else 0.0,
         attention=kind == "transformer",

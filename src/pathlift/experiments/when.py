@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from pathlift.experiments.architectures import widths_of
 from pathlift.experiments.compare import LABELS
 from pathlift.experiments.exactness import CONTINUOUS, ENORM, LEAST_SEEDS, NONE, fine, rate_of
 from pathlift.experiments.exactness import studies as decided
+from pathlift.experiments.judging import FIXED, OWN, auc, counts, distinct, misses, verdict_of
 from pathlift.experiments.methods import loss_of
 from pathlift.experiments.study import Result, Run, Study, Table, stored
 from pathlift.experiments.summary import Interval, Setting, difference, plain, settings_of
@@ -79,12 +80,21 @@ def studies(small: bool) -> dict[str, Study]:
     found = {**decided(small), **contrasts()}
     gathered = {"optimizers": catalogue.optimizers(True)}
     if not small:
-        gathered["optimizers-full"] = catalogue.optimizers(False)
-        gathered["autoencoder-full"] = catalogue.autoencoder(False)
-        gathered["fully-connected-full"] = catalogue.fully_connected(False)
+        gathered |= {f"{name}-full": ones(False) for name, ones in _FULL.items()}
     for name, ones in gathered.items():
-        found |= {f"-{name}{suffix}": study for suffix, study in ones.items()}
+        found |= {f"{LEFT_OUT}{name}{suffix}": study for suffix, study in ones.items()}
     return found
+
+
+# Studies of other experiments, which the rule was not made from.
+LEFT_OUT = "-of-"
+_FULL: dict[str, Callable[[bool], dict[str, Study]]] = {
+    "autoencoder": catalogue.autoencoder,
+    "fully-connected": catalogue.fully_connected,
+    "optimizers": catalogue.optimizers,
+    "fully-convolutional": catalogue.fully_convolutional,
+    "resnet": catalogue.resnet,
+}
 
 
 def stable_rate_factor(cell: Cell, place: Place) -> float:
@@ -171,15 +181,17 @@ def _gain(
 def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
     """Gather every study's setting; write ``when.json``."""
     entries = []
-    for study in chosen.values():
+    for suffix, study in chosen.items():
         cells = {c.architecture: c for c in study.cells()}
         for setting in settings_of(stored(study, run)):
             cell = cells[setting.architecture]
             run.progress(f"curvature of {cell.architecture} on {cell.data}")
-            entries.append(entry(setting, cell, stable_rate_factor(cell, run.place)))
+            factor = stable_rate_factor(cell, run.place)
+            left_out = suffix.startswith(LEFT_OUT)
+            entries.append({**entry(setting, cell, factor), "left_out": left_out})
     text = json.dumps(plain(entries), indent=1)
     (run.output / FILE).write_text(text + "\n", encoding="utf-8")
-    return Result([], [_table(entries)], _sentences(entries))
+    return Result([], [_table(entries), _rule_table(entries)], _sentences(entries))
 
 
 def _table(entries: Sequence[dict[str, Any]]) -> Table:
@@ -211,6 +223,29 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
     return Table(head, lines)
 
 
+def _rule_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """The rule's verdicts against what was seen."""
+    head = (
+        *("settings", "at", "verdict: likely to help", "nothing to do", "don't"),
+        "a gain ranked above no gain (AUC)",
+    )
+    lines: list[Sequence[str]] = []
+    kinds = {"that the rule was made from": False, "left out": True}
+    for label, left_out in kinds.items():
+        # Of equal settings one counts, so the kinds are told apart first.
+        own = distinct([e for e in entries if e["left_out"] == left_out])
+        for rates, where in ((OWN, "own best rates"), (FIXED, "the baseline's best rate")):
+            seen = counts(own, rates)
+            cells = (
+                f"{gained} gained, {level} no difference shown, {lost} lost"
+                for gained, level, lost in seen.values()
+            )
+            quality = auc(own, rates)
+            shown = "" if math.isnan(quality) else f"{quality:.2f}"
+            lines.append((f"{len(own)} {label}", where, *cells, shown))
+    return Table(head, lines)
+
+
 def _fall(entry: dict[str, Any], method: dict[str, Any], between: str) -> str:
     """The imbalance before and after, where paths are defined."""
     values = entry["imbalance_before"], method["imbalance_after"]
@@ -233,9 +268,10 @@ def _sentences(entries: Sequence[dict[str, Any]]) -> list[str]:
         signs = {1: "a gain", 0: "no difference shown", -1: "a loss", None: "too few seeds"}
         what = signs[gain["sign"]]
         norm = ", batch norm" if e["batch_norm"] else ""
+        miss = "" if gain["sign"] is None or not misses([e]) else " A miss."
         found.append(
             f"{e['architecture']} on {e['data']}, {e['optimizer']}{norm}, continuous: {what} at "
             f"own best rates ({_shown(gain)}); imbalance {_fall(e, m, ' to ')}, best rate "
-            f"{m['rate_ratio']:.2g} times the baseline's."
+            f"{m['rate_ratio']:.2g} times the baseline's. The rule says {verdict_of(e)}.{miss}"
         )
     return found
