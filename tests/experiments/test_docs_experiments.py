@@ -19,7 +19,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encodin
 
 def test_commands() -> None:
     lines = [line for line in TEXT.splitlines() if line.startswith("pathlift ")]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         parser().parse_args(shlex.split(line)[1:])
 

@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 
 import pathlift
+from pathlift.errors import ArgumentError
 from pathlift.experiments.architectures import mlp
 from pathlift.experiments.data import Data
-from pathlift.experiments.methods import first_powers, method_named, start
+from pathlift.experiments.methods import (
+    equal_spectral_norms_,
+    first_powers,
+    method_named,
+    start,
+)
 
 EXAMPLE = torch.zeros(2, 5)
 
@@ -68,3 +74,39 @@ def test_continuous_is_nearer_the_optimum_than_powers_of_two() -> None:
     assert values[0] < values[1] < values[2]
     scales = found["path"].log2_scales
     assert scales is not None and scales.dtype == torch.int64
+
+
+def test_spectral_norms_are_made_equal_and_the_function_kept() -> None:
+    torch.manual_seed(4)
+    data = Data("made", torch.randn(8, 5), torch.zeros(8, dtype=torch.int64), 4)
+    model = mlp((5, 40, 3, 4))
+    before = model(data.inputs)
+    start(method_named("spectral"), model, data)
+    norms = [float(torch.linalg.matrix_norm(model[k].weight.detach(), 2)) for k in (0, 2, 4)]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+    torch.testing.assert_close(model(data.inputs), before)
+    with pytest.raises(ArgumentError, match="linear layers and ReLU only; found BatchNorm1d"):
+        equal_spectral_norms_(mlp((5, 4, 3), batch_norm=True))
+
+
+def test_batch_norms_are_read_with_the_statistics_of_a_batch() -> None:
+    """Two samples say little of a variance: the imbalance would be several times as large."""
+    torch.manual_seed(5)
+    data = Data("made", torch.randn(256, 30), torch.zeros(256, dtype=torch.int64), 4)
+    found = {}
+    for name in ("baseline", "path-continuous"):
+        model = _fresh(6)
+        found[name] = start(method_named(name), model, data).imbalance
+        # Nothing but the weights is changed: a network before its first step has seen no batch.
+        assert all(int(m.num_batches_tracked) == 0 for m in model if hasattr(m, "running_var"))
+    report = pathlift.condition_(
+        _fresh(6), data.inputs[:128], exact=False, verify=False, batch_norm="pinned"
+    )
+    assert found["baseline"] == pytest.approx(report.imbalance_before, rel=0.02)
+    assert found["path-continuous"] == pytest.approx(report.imbalance_after, rel=0.02)
+    assert found["path-continuous"] < found["baseline"]
+
+
+def _fresh(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return mlp((30, 40, 20, 4), batch_norm=True)

@@ -99,6 +99,22 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_job_that_fails_stops_no_other(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def run(cells: tuple[Cell, ...], place: Place) -> list[dict]:
+        if cells[0].norm:
+            raise ArgumentError("not this one")
+        return run_job(cells, place)
+
+    store = Store(tmp_path)
+    cells = [replace(CELL, norm=True), CELL]
+    with pytest.raises(ArgumentError, match="not this one"):
+        sweep(cells, store, run=run, progress=said.append)
+    assert store.keys() == {CELL.key}
+    assert any("a job failed: ArgumentError: not this one" in str(line) for line in said)
+
+
 def test_a_rerun_computes_only_what_is_missing(tmp_path: Path) -> None:
     computed: list[str] = []
 
@@ -132,11 +148,18 @@ def test_a_job_that_fails_keeps_what_was_finished(tmp_path: Path) -> None:
 
 def test_jobs_hold_cells_of_one_stack() -> None:
     cells = _grid(3, ("baseline", "path", "batch-norm", "path-sgd"))
-    jobs = list(module._jobs(cells, 5))
+    jobs = list(module._jobs(cells, 5, "cpu"))
     assert sorted(c.key for job in jobs for c in job) == sorted(c.key for c in cells)
     for job in jobs:
         assert len(job) <= 5 and len({c.stack for c in job}) == 1
     assert len({job[0].stack for job in jobs}) == 3
+
+
+def test_jobs_are_larger_where_that_keeps_the_device_busy() -> None:
+    cells = [replace(CELL, seed=k) for k in range(300)]
+    images = [replace(CELL, architecture="resnet18:2", seed=k) for k in range(10)]
+    sizes = {d: [len(j) for j in module._jobs([*cells, *images], None, d)] for d in ("cpu", "cuda")}
+    assert sizes == {"cpu": [64] * 4 + [44, 8, 2], "cuda": [256, 44, 8, 2]}
 
 
 def test_processes_give_the_same_rows(tmp_path: Path) -> None:

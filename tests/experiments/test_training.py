@@ -11,7 +11,8 @@ from torch import nn
 from pathlift.errors import ArgumentError
 from pathlift.experiments.architectures import build, mlp
 from pathlift.experiments.data import Data
-from pathlift.experiments.training import Recondition, epoch_seconds, stacks, train
+from pathlift.experiments.runs import Recondition
+from pathlift.experiments.training import epoch_seconds, stacks, train
 
 
 def _data(count: int = 60) -> Data:

@@ -154,7 +154,7 @@ def build(
         sizes = [int(w) for w in widths.split("-")]
     except ValueError:
         sizes = [0]
-    counts = {"transformer": 2, **dict.fromkeys(_IMAGE_KINDS, 1)}
+    counts = {"transformer": 2, **dict.fromkeys(IMAGE_KINDS, 1)}
     wrong = kind not in _KINDS or min(sizes) < 1 or len(sizes) != counts.get(kind, len(sizes))
     if wrong:
         raise ArgumentError(
@@ -183,8 +183,8 @@ def build(
     return network
 
 
-_IMAGE_KINDS = ("convolutional", "resnet18")
-_KINDS = ("mlp", "autoencoder", *_IMAGE_KINDS, "transformer")
+IMAGE_KINDS = ("convolutional", "resnet18")
+_KINDS = ("mlp", "autoencoder", *IMAGE_KINDS, "transformer")
 
 
 def _flat_network(
@@ -229,7 +229,7 @@ def _language_model(
     return LanguageModel(data.classes, width, layers, shape[0])
 
 
-_MODELS = {"transformer": _language_model, **dict.fromkeys(_IMAGE_KINDS, _image_network)}
+_MODELS = {"transformer": _language_model, **dict.fromkeys(IMAGE_KINDS, _image_network)}
 
 
 def kaiming_normal_(model: nn.Module) -> None:

@@ -64,7 +64,7 @@ def add_arguments(parser: Any) -> None:
     add("--target", help="loss=0.25 or accuracy=0.99; else what the baseline reaches half-way")
     add("-o", "--output", type=Path, default=Path("comparison"), help="folder of page and store")
     add_place_arguments(parser)
-    add("--job-cells", type=int, default=64, help="cells that train together at most")
+    add("--job-cells", type=int, help="cells that train together at most")
 
 
 def run(args: Any, progress: Progress) -> dict[str, Any]:

@@ -16,12 +16,14 @@ from torch.nn.functional import cross_entropy, mse_loss
 import pathlift
 from pathlift.criteria import Criterion, fisher
 from pathlift.criteria.protocol import given
-from pathlift.errors import UnsupportedOperationError, unknown
+from pathlift.errors import ArgumentError, UnsupportedOperationError, unknown
 from pathlift.experiments.architectures import mlp
 from pathlift.experiments.data import Data
-from pathlift.experiments.training import Recondition
+from pathlift.experiments.runs import Recondition
 
 _FISHER_SAMPLES = 512
+_BATCH = 128  # samples whose statistics stand for a batch's
+SPECTRAL = "spectral"  # no criterion of the library, for a measure of its own is needed
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ METHODS: dict[str, Method] = {
     "enorm": Method("ENorm at the start", "weight-norm"),
     "enorm-continuous": Method("ENorm, continuous", "weight-norm", exact=False),
     "enorm-step": Method("ENorm every step", "weight-norm", exact=False, unit="step"),
+    "spectral": Method("equal spectral norms", SPECTRAL, exact=False),
     "range": Method("equal ranges", "range"),
     "fisher": Method("Fisher", "fisher"),
     "batch-norm": Method("batch norm", batch_norm=True),
@@ -98,26 +101,76 @@ def method_named(name: str) -> Method:
 
 def start(method: Method, model: nn.Module, data: Data) -> Start:
     """Condition ``model`` in place as the method does before training."""
-    example = data.inputs[:2]
+    example = _example(model, data)
     seconds, scales = 0.0, None
     if method.criterion is not None:
         warm_up()
         begin = time.perf_counter()
-        criterion = _criterion(method.criterion, model, data)
-        report = pathlift.condition_(
-            model, example, criterion=criterion, exact=method.exact, verify=False
-        )
-        seconds, scales = time.perf_counter() - begin, report.log2_scales
+        if method.criterion == SPECTRAL:
+            equal_spectral_norms_(model)
+        else:
+            criterion = _criterion(method.criterion, model, data, example)
+            report = pathlift.condition_(
+                model, example, criterion=criterion, exact=method.exact, verify=False
+            )
+            scales = report.log2_scales
+        seconds = time.perf_counter() - begin
     try:
-        imbalance = pathlift.imbalance(pathlift.path_kernel_diagonal(model, example))
+        seen = _acquainted(model, example)
+        imbalance = pathlift.imbalance(pathlift.path_kernel_diagonal(seen, example))
     except UnsupportedOperationError:
         imbalance = float("nan")
     return Start(model, seconds, imbalance, scales)
 
 
-def _criterion(name: str, model: nn.Module, data: Data) -> str | Criterion:
+@torch.no_grad()
+def equal_spectral_norms_(model: nn.Module) -> None:
+    """Give all layers of an MLP their geometric mean of spectral norms, one factor per layer.
+
+    Muon's steps have one spectral norm for all layers, whatever their gradients: this makes them
+    equal shares of the weights.
+
+    Raises:
+        ArgumentError: something else than linear layers, ReLU and flattening.
+    """
+    odd = {type(m).__name__ for m in model.modules()} - {"Sequential", "Linear", "ReLU", "Flatten"}
+    if odd:
+        raise ArgumentError(
+            f"equal spectral norms are made for linear layers and ReLU only; found "
+            f"{', '.join(sorted(odd))}."
+        )
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    norms = torch.stack([torch.linalg.matrix_norm(m.weight.double(), 2) for m in layers])
+    factors = norms.log().mean().exp() / norms
+    for layer, factor, above in zip(layers, factors, factors.cumprod(0), strict=True):
+        layer.weight.mul_(factor.to(layer.weight.dtype))
+        if layer.bias is not None:
+            layer.bias.mul_(above.to(layer.bias.dtype))
+
+
+def _example(model: nn.Module, data: Data) -> Tensor:
+    """Two samples will do for shapes; batch norms are read with the statistics of a batch."""
+    return data.inputs[: _BATCH if _batch_norms(model) else 2]
+
+
+def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+@torch.no_grad()
+def _acquainted(model: nn.Module, example: Tensor) -> nn.Module:
+    """The model, or a copy whose batch norms have the example's statistics, as condition_ reads."""
+    if not _batch_norms(model):
+        return model
+    model = copy.deepcopy(model).train()
+    for norm in _batch_norms(model):
+        norm.momentum = 1.0
+    model(example)
+    return model
+
+
+def _criterion(name: str, model: nn.Module, data: Data, example: Tensor) -> str | Criterion:
     """What :func:`pathlift.condition_` takes for the criterion of a method."""
-    example = data.inputs[:2]
     if name == "fisher":
         return fisher(model, [_pairs(data.first(_FISHER_SAMPLES))], loss_of(data))
     if name == "path-root":

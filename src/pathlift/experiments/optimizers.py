@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pathlift.errors import ArgumentError, unknown
+from pathlift.lifting.metrics import path_kernel_diagonal
+from pathlift.training.path_sgd import PathSGD
 
 Slots = dict[str, Tensor]
 Update = Callable[[Tensor, Tensor, Slots, Tensor, int], None]
@@ -166,9 +168,6 @@ def _torch_muon(model: nn.Module, rate: float, example: Tensor) -> list[torch.op
 
 
 def _torch_path_sgd(model: nn.Module, rate: float, example: Tensor) -> list[torch.optim.Optimizer]:
-    from pathlift.lifting.metrics import path_kernel_diagonal
-    from pathlift.training.path_sgd import PathSGD
-
     # In units of the mean g at the start, so that rates mean about the same as for SGD.
     g = torch.cat([v.flatten() for v in path_kernel_diagonal(model, example).values()])
     return [PathSGD(model, example, lr=rate * float(g.mean()), eps=PATH_SGD_EPS)]

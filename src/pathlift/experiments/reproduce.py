@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pathlift.errors import ArgumentError
-from pathlift.experiments import exactness, when
+from pathlift.experiments import catalogue, exactness, when
 from pathlift.experiments.gauges import cost, scales
 from pathlift.experiments.store import Store
 from pathlift.experiments.study import (
+    CELLS,
     Experiment,
     Progress,
     Result,
@@ -23,110 +24,11 @@ from pathlift.experiments.study import (
     Study,
     Table,
     finished,
+    interleaved,
     run_study,
+    train_cells,
 )
-from pathlift.experiments.summary import Target
 from pathlift.experiments.sweep import add_place_arguments, place_of
-
-
-def _two_moons(small: bool) -> dict[str, Study]:
-    exponents = range(-6, 1) if small else range(-8, 1)
-    settings = {
-        "methods": ("baseline", "path", "enorm"),
-        "data": ("two-moons",),
-        "optimizers": ("sgd",),
-        "rates": [float(f"{10 ** (k / 2):.1g}") for k in exponents],
-        "seeds": range(10 if small else 30),
-        "epochs": 30 if small else 300,
-        "batch": 32,
-        "initialization": "kaiming-normal",
-    }
-    family = {float(w): "mlp:" + "-".join([str(w)] * 5) for w in (2, 4, 8, 16, 32)}
-    target = Target("accuracy", 0.99)
-    return {"": Study("width of the 5 hidden layers", family, settings, target, 8.0, True)}
-
-
-def _fully_connected(small: bool) -> dict[str, Study]:
-    width = 32 if small else 500
-    settings = {
-        "methods": ("baseline", "path", "enorm"),
-        "data": ("digits" if small else "cifar10",),
-        "optimizers": ("sgd",),
-        "rates": (0.01, 0.03, 0.1, 0.3) if small else (1e-3,),
-        "seeds": range(5 if small else 3),
-        "epochs": 40 if small else 100,
-        "norm": True,
-    }
-    family = {float(d): "mlp:" + "-".join([str(width)] * d) for d in range(3, 9)}
-    target = Target("accuracy", 0.99)
-    return {"": Study("hidden layers", family, settings, target, 5.0)}
-
-
-def _fully_convolutional(small: bool) -> dict[str, Study]:
-    settings = {
-        "methods": ("baseline", "path", "enorm"),
-        "data": ("digits" if small else "cifar10",),
-        "optimizers": ("sgd",),
-        "rates": (0.01, 0.03, 0.1, 0.3) if small else (1e-3, 1e-2, 1e-1),
-        "seeds": range(5 if small else 3),
-        "epochs": 20 if small else 128,
-        "initialization": "kaiming-normal",
-    }
-    family = {4.0: "convolutional:4", 8.0: "convolutional:8"} if small else {}
-    family = family or {128.0: "convolutional:128"}
-    return {"": Study("channels", family, settings, None, max(family))}
-
-
-def _resnet(small: bool) -> dict[str, Study]:
-    settings = {
-        "methods": ("baseline", "path", "enorm"),
-        "data": ("digits" if small else "cifar10",),
-        "optimizers": ("sgd",),
-        "rates": (0.01, 0.03, 0.1, 0.3, 1.0) if small else (1e-3, 1e-2, 1e-1),
-        "seeds": range(3),
-        "epochs": 8 if small else 128,
-    }
-    width = 6 if small else 64
-    return {"": Study("channels", {float(width): f"resnet18:{width}"}, settings, None, width)}
-
-
-def _autoencoder(small: bool) -> dict[str, Study]:
-    shared = {"methods": ("baseline", "path", "enorm"), "optimizers": ("sgd",)}
-    if small:
-        growing = {
-            "data": ("digits",),
-            "rates": (0.3, 1.0, 3.0),
-            "seeds": range(5),
-            "epochs": 40,
-        }
-        family = {64.0 / c: f"autoencoder:128-32-{c}" for c in (32, 16, 8, 4, 2)}
-    else:
-        growing = {
-            "data": ("mnist",),
-            "rates": (0.1, 1.0),
-            "seeds": range(5),
-            "epochs": 50,
-        }
-        family = {784.0 / c: f"autoencoder:512-128-{c}" for c in (98, 49, 28, 14, 7, 4)}
-    claim = {"seeds": range(20), "epochs": 60, "held_out": False}
-    as_one = {"data": ("digits",), "rates": (0.1, 0.3, 1.0, 3.0, 10.0)}
-    by_pixel = {"data": ("digits-pixelwise",), "rates": (0.1, 0.3, 1.0, 2.0, 3.0, 10.0)}
-    return {
-        "": Study("compression factor", family, {**shared, **growing}, None, max(family), True),
-        **{
-            suffix: Study(
-                "compression factor",
-                {8.0: "autoencoder:128-32-8"},
-                {**shared, **claim, **source},
-                target,
-                8.0,
-            )
-            for suffix, source, target in (
-                ("-20-seeds", as_one, Target("loss", 0.4)),
-                ("-20-seeds-pixelwise", by_pixel, Target("loss", 0.25)),
-            )
-        },
-    }
 
 
 def _studies(name: str, small: bool, run: Run) -> dict[str, Study]:
@@ -148,7 +50,8 @@ def _when(name: str, small: bool, run: Run) -> Result:
 def _train(name: str, small: bool, run: Run) -> Result:
     """Train every study of an experiment."""
     parts = [
-        run_study(name + suffix, study, run) for suffix, study in _studies(name, small, run).items()
+        run_study(stem_of(name, small) + suffix, study, run)
+        for suffix, study in _studies(name, small, run).items()
     ]
     return Result(
         [f for p in parts for f in p.figures],
@@ -164,40 +67,58 @@ EXPERIMENTS: dict[str, Experiment] = {
         "to 99% training accuracy. Small: "
         "30 epochs, 10 seeds, rates 1e-3 to 1; full: 300 epochs, 30 seeds, rates 1e-4 to 1.",
         _train,
-        _two_moons,
+        catalogue.two_moons,
+        "-full",
     ),
     "fully-connected": Experiment(
         "Fully connected networks with batch norm",
-        "3 to 8 hidden layers, batch norm, SGD, batch 128; epochs to 99% training accuracy. Full: "
-        "CIFAR-10, width 500, rate 1e-3, 100 epochs, 3 seeds. Small: digits, width 32, four rates, "
-        "40 epochs, 5 seeds.",
+        "3 to 8 hidden layers, SGD, batch 128; epochs to 99% training accuracy, 5 seeds. Full: "
+        "CIFAR-10 (JPEG), width 500, with batch norm (PyTorch's initialisation) and without "
+        "(Kaiming-normal), five rates, 30 epochs. Small: digits, width 32, batch norm, four rates, "
+        "40 epochs.",
         _train,
-        _fully_connected,
+        catalogue.fully_connected,
+        "-full",
     ),
     "fully-convolutional": Experiment(
         "A fully convolutional network",
         "3 layers of w channels, 3 of 2w, two of 5w/2 and the classes (Gitman and Ginsburg), SGD, "
-        "batch 128, Kaiming-normal initialisation, without batch norm. Full: CIFAR-10, w = 128, "
-        "128 epochs, 3 seeds. Small: digits as 8x8 images, w = 4 and 8, 20 epochs, 5 seeds.",
+        "batch 128, Kaiming-normal initialisation, without batch norm, 5 seeds. Full: CIFAR-10 "
+        "(JPEG), w = 32 (the paper's has 128), 5 epochs. Small: digits as 8x8 images, w = 4 and 8, "
+        "20 epochs.",
         _train,
-        _fully_convolutional,
+        catalogue.fully_convolutional,
+        "-full",
     ),
     "resnet": Experiment(
         "ResNet-18 with 1x1 shortcuts",
-        "SGD, batch 128, 3 seeds. Full: CIFAR-10, 64 channels, 128 epochs. Small: digits as 8x8 "
-        "images, 6 channels, 8 epochs.",
+        "SGD, batch 128. Full: CIFAR-10 (JPEG), 16 channels (the paper's has 64), 5 epochs, 5 "
+        "seeds. Small: digits as 8x8 images, 6 channels, 8 epochs, 3 seeds.",
         _train,
-        _resnet,
+        catalogue.resnet,
+        "-full",
     ),
     "autoencoder": Experiment(
         "Autoencoders of growing compression",
-        "SGD, batch 128, PyTorch's initialisation. Full: MNIST, 784-512-128-c, two rates. Small: "
-        "digits, 64-128-32-c, three rates, 40 epochs, 5 seeds. "
-        "In both, the digits autoencoder with a code of 8 "
-        "is also trained for 60 epochs on all samples at rates 0.1 to 10 with 20 seeds, with all "
-        "pixels scaled by one number (as everywhere else) and with each scaled by its own.",
+        "SGD, batch 128, PyTorch's initialisation, 5 seeds. Full: MNIST and Fashion-MNIST, "
+        "784-256-64-c, nine rates a factor 2 apart, 20 epochs. Small: digits, 64-128-32-c, three "
+        "rates, 40 epochs; also the autoencoder with a code of 8 for 60 epochs on all samples at "
+        "rates 0.1 to 10 with 20 seeds, with all pixels scaled by one number (as everywhere else) "
+        "and with each scaled by its own.",
         _train,
-        _autoencoder,
+        catalogue.autoencoder,
+        "-full",
+    ),
+    "optimizers": Experiment(
+        "AdamW and Muon",
+        "Autoencoders, batch 128, PyTorch's initialisation, seven rates a factor 2 apart, 5 seeds. "
+        "Their steps don't grow with the gradient, so beside the path kernel stand first powers "
+        "in place of squares (AdamW) and equal spectral norms of the layers (Muon; biases by Adam "
+        "at the same rate). Full: MNIST, 784-256-64-16, 10 epochs. Small: digits (pixels scaled "
+        "one by one), 64-128-32-8, 40 epochs.",
+        _train,
+        catalogue.optimizers,
+        "-full",
     ),
     "exact": Experiment(
         "Continuous scales or powers of two",
@@ -235,12 +156,18 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
+_NAMES = f"of {', '.join(EXPERIMENTS)}; or all"
+
+
 def add_arguments(parser: Any) -> None:
     """The options of ``pathlift reproduce``."""
     add = parser.add_argument
-    add("name", choices=[*EXPERIMENTS, "all"])
+    add("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME", help=_NAMES)
     add("--small", action="store_true", help="on embedded data, in minutes on one core")
-    add("--finished", action="store_true", help="train nothing: the seeds that are there")
+    write_or_train = parser.add_mutually_exclusive_group()
+    only = write_or_train.add_argument
+    only("--finished", action="store_true", help="train nothing: the seeds that are there")
+    only("--train", action="store_true", help="train in one queue; write nothing but the cells")
     add("-o", "--output", type=Path, default=Path("docs/reproduced"))
     add_place_arguments(parser)
 
@@ -251,7 +178,9 @@ def main(args: Any, progress: Progress) -> dict[str, Any]:
         raise ArgumentError(f"--processes must be at least 1; found {args.processes}.")
     args.output.mkdir(parents=True, exist_ok=True)
     run = Run(args.output, place_of(args), args.processes, args.dask, progress, args.finished)
-    names = list(EXPERIMENTS) if args.name == "all" else [args.name]
+    names = list(EXPERIMENTS) if "all" in args.names else list(dict.fromkeys(args.names))
+    if args.train:
+        return _train_only(names, args.small, run)
     for name in names:
         progress(f"{name}{' (small)' if args.small else ''}")
         write(name, args.small, run)
@@ -262,26 +191,43 @@ def main(args: Any, progress: Progress) -> dict[str, Any]:
     }
 
 
+def _train_only(names: list[str], small: bool, run: Run) -> dict[str, Any]:
+    """Train what is missing, all experiments' cells in one queue."""
+    studies = [s for name in names for s in EXPERIMENTS[name].studies(small).values()]
+    rows = train_cells(interleaved(studies), run)
+    return {
+        "data": {"cells": str(run.output / CELLS), "experiments": names, "finished": len(rows)},
+        "text": f"{len(rows)} cells of {', '.join(names)} are in {run.output}",
+    }
+
+
 def write(name: str, small: bool, run: Run) -> Result:
     """Run an experiment; write its figures, ``NAME.csv``, ``NAME.md`` and its cells, packed."""
     experiment = EXPERIMENTS[name]
     result = experiment.run(name, small, run)
-    _pack({c.key for s in _studies(name, small, run).values() for c in s.cells()}, name, run)
+    stem = stem_of(name, small)
+    _pack({c.key for s in _studies(name, small, run).values() for c in s.cells()}, stem, run)
     for k, table in enumerate(result.tables):
-        path = run.output / f"{name}{'' if k == 0 else f'-{k + 1}'}.csv"
+        path = run.output / f"{stem}{'' if k == 0 else f'-{k + 1}'}.csv"
         path.write_text(_csv(table), encoding="utf-8", newline="")
     command = f"pathlift reproduce {name}{' --small' if small else ''}"
     if run.finished:
         command += " --finished"
     if run.place.device != "cpu":
-        command += f" --device {run.place.device}"
-    parts = [f"## {experiment.title}", experiment.about, f"    {command}"]
+        command += f" --device {run.place.device}{' --tf32' if run.place.tf32 else ''}"
+    size = ", full size" if stem != name else ""
+    parts = [f"## {experiment.title}{size}", experiment.about, f"    {command}"]
     parts += [f"![{caption}]({file}.png)\n\n{caption}" for file, caption in result.figures]
     parts += [_markdown(table) for table in result.tables]
     parts.append("What the numbers say:")
     parts.append("\n".join(f"- {sentence}" for sentence in result.findings))
-    (run.output / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (run.output / f"{stem}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return result
+
+
+def stem_of(name: str, small: bool) -> str:
+    """What an experiment's files are called."""
+    return name if small else name + EXPERIMENTS[name].full
 
 
 def _pack(keys: set[str], name: str, run: Run) -> None:
@@ -303,9 +249,10 @@ def write_index(output: Path) -> Path:
     if discussion.is_file():
         parts.append(discussion.read_text(encoding="utf-8").strip())
     parts += [
-        (output / f"{name}.md").read_text(encoding="utf-8").strip()
+        (output / f"{stem}.md").read_text(encoding="utf-8").strip()
         for name in EXPERIMENTS
-        if (output / f"{name}.md").is_file()
+        for stem in dict.fromkeys(stem_of(name, small) for small in (True, False))
+        if (output / f"{stem}.md").is_file()
     ]
     path = output / "README.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

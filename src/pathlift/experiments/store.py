@@ -57,6 +57,9 @@ class Store:
             StoreError: a row is missing or its file is damaged.
         """
         rows = self.read(sorted(set(keys)))
+        # Newer rows say more than older ones.
+        names = dict.fromkeys(name for row in rows for name in row)
+        rows = [{name: row.get(name) for name in names} for row in rows]
         self._write(self._narrow(self._arrow.Table.from_pylist(rows)), path)
 
     def _narrow(self, table: Any) -> Any:

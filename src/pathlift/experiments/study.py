@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from pathlift.experiments.summary import (
 )
 from pathlift.experiments.sweep import Cell, Place, grid, sweep
 
+CELLS = ".cells"
 Progress = Callable[[str], object]
 
 
@@ -66,7 +68,7 @@ class Run:
 
     def store(self) -> Store:
         """Finished cells: those of this machine, and those that were packed before."""
-        return Store(self.output / ".cells", sorted(self.output.glob("*.cells.parquet")))
+        return Store(self.output / CELLS, sorted(self.output.glob("*.cells.parquet")))
 
 
 @dataclass(frozen=True)
@@ -112,29 +114,59 @@ class Experiment:
         about: what is done, in full and small.
         run: ``(name, small, run) -> result``; writes figures.
         studies: (small) -> studies by suffix, for those that train.
+        full: what is added to the name where the full form stands beside the small one.
     """
 
     title: str
     about: str
     run: Callable[[str, bool, Run], Result]
     studies: Callable[[bool], dict[str, Study]] = field(default=lambda small: {})
+    full: str = ""
+
+
+def interleaved(studies: Sequence[Study]) -> list[Cell]:
+    """All cells, one network of every study in turn: cut short, each has come as far."""
+    turns = [
+        [[c for c in s.cells() if c.architecture == a] for a in s.family.values()] for s in studies
+    ]
+    rounds = itertools.zip_longest(*turns, fillvalue=[])
+    return [cell for turn in rounds for cells in turn for cell in cells]
 
 
 def finished(studies: dict[str, Study], known: set[str]) -> dict[str, Study]:
-    """The studies with the seeds whose cells are all among the known keys; none: left out."""
+    """The studies with the seeds whose cells are all among the known keys; none: left out.
+
+    Networks of which no seed is there are left out before that.
+    """
     found = {}
     for suffix, study in studies.items():
-        lacking = {c.seed for c in study.cells() if c.key not in known}
-        seeds = [s for s in study.grid["seeds"] if s not in lacking]
-        if seeds:
-            found[suffix] = replace(study, grid={**study.grid, "seeds": seeds})
+        seeds = {
+            x: _seeds_of(replace(study, family={x: a}), known) for x, a in study.family.items()
+        }
+        family = {x: a for x, a in study.family.items() if seeds[x]}
+        common = set.intersection(*(seeds[x] for x in family)) if family else set()
+        if common:
+            shown = study.shown if study.shown in family else max(family)
+            grid = {**study.grid, "seeds": sorted(common)}
+            found[suffix] = replace(study, family=family, shown=shown, grid=grid)
     return found
+
+
+def _seeds_of(study: Study, known: set[str]) -> set[int]:
+    """Seeds whose cells are all among the known keys."""
+    lacking = {c.seed for c in study.cells() if c.key not in known}
+    return set(study.grid["seeds"]) - lacking
 
 
 def stored(study: Study, run: Run) -> list[Row]:
     """A study's rows, trained where they are missing."""
+    return train_cells(study.cells(), run)
+
+
+def train_cells(cells: Sequence[Cell], run: Run) -> list[Row]:
+    """Rows of cells, trained where they are missing."""
     return sweep(
-        study.cells(),
+        cells,
         run.store(),
         place=run.place,
         processes=run.processes,

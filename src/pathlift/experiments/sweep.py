@@ -7,9 +7,11 @@ cluster, and every cell is stored as soon as its job is done.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,16 +21,19 @@ import torch
 from torch import Tensor
 
 from pathlift.errors import ArgumentError
-from pathlift.experiments.architectures import build
+from pathlift.experiments.architectures import IMAGE_KINDS, build
 from pathlift.experiments.data import Data, load
 from pathlift.experiments.methods import Start, method_named, start
 from pathlift.experiments.optional import need
+from pathlift.experiments.runs import Recondition
 from pathlift.experiments.store import Row, Store
-from pathlift.experiments.training import Curves, Recondition, epoch_seconds, train
+from pathlift.experiments.training import Curves, epoch_seconds, train
 from pathlift.progress import Step
 
 _FORMAT = 1  # changes when a cell's row means something else
-_JOB_CELLS = 64
+# A GPU is only kept busy by many; a job that is cut short loses all of its cells.
+_JOB_CELLS = {"cpu": 64, "cuda": 256}
+_ALONE_CELLS = 8  # of networks that train one at a time anyway
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job runs: its data folder, its device and its threads (None: as they are)."""
+    """Where a job runs: its data folder, its device and its threads (None: as they are).
+
+    ``tf32`` lets a GPU's matrix products round their factors to 11 significant bits.
+    """
 
     root: str | None = None
     download: bool = False
     device: str = "cpu"
     threads: int | None = 1
+    tf32: bool = False
+
+    @property
+    def name(self) -> str:
+        """What trained, for a cell's row."""
+        device = torch.device(self.device)
+        if device.type != "cuda":
+            return device.type
+        return torch.cuda.get_device_name(device) + (", TF32" if self.tf32 else "")
 
 
 def add_place_arguments(parser: Any) -> None:
@@ -104,13 +121,15 @@ def add_place_arguments(parser: Any) -> None:
     add("--root", help="folder of data files")
     add("--download", action="store_true", help="fetch missing data from OpenML")
     add("--device", default="cpu", help="such as cuda")
+    add("--tf32", action="store_true", help="quicker and coarser matrix products on a GPU")
     add("--processes", type=int, default=1, help="of one thread each")
     add("--dask", help="tcp://host:port of a scheduler, or local:3")
 
 
 def place_of(args: Any) -> Place:
     """The place that the options name: one thread per job on a CPU."""
-    return Place(args.root, args.download, args.device, 1 if args.device == "cpu" else None)
+    threads = 1 if args.device == "cpu" else None
+    return Place(args.root, args.download, args.device, threads, args.tf32)
 
 
 def grid(
@@ -147,7 +166,7 @@ def sweep(
     place: Place | None = None,
     processes: int = 1,
     dask: str | None = None,
-    job_cells: int = _JOB_CELLS,
+    job_cells: int | None = None,
     progress: Callable[[str], object] = print,
     run: Callable[[Sequence[Cell], Place], list[Row]] | None = None,
 ) -> list[Row]:
@@ -160,47 +179,68 @@ def sweep(
         processes: on this machine, without Dask.
         dask: ``"tcp://host:port"`` of a scheduler, or ``"local:3"`` to start so many workers. A
             job whose worker dies is given to another.
-        job_cells: largest number of cells per job.
+        job_cells: largest number of cells per job; None: what suits the device.
         progress: called with a line now and then.
         run: computes a job, :func:`run_job` by default.
 
     Raises:
-        PathliftError: whatever a job raises; what was finished before is stored.
+        PathliftError: whatever a job raises, once the other jobs are done and stored.
         MissingDependencyError: joblib, pyarrow or distributed is not installed.
     """
     joblib = need("joblib", "a sweep over cells")
     known = store.keys()
     missing = {cell.key: cell for cell in cells if cell.key not in known}
-    jobs = list(_jobs(missing.values(), job_cells))
+    place = place or Place()
+    jobs = list(_jobs(missing.values(), job_cells, place.device))
     progress(f"{len(cells) - len(missing)} cells are there, {len(missing)} to train")
+    failure: Exception | None = None
     if jobs:
         with _engine(processes, dask):
             pool = joblib.Parallel(
                 n_jobs=-1 if dask else processes, return_as="generator_unordered", batch_size=1
             )
-            tasks = (joblib.delayed(run or run_job)(job, place or Place()) for job in jobs)
+            tasks = (joblib.delayed(_attempt)(run or run_job, job, place) for job in jobs)
             done = 0
             progress(Step(f"0 of {len(missing)} cells trained", 0, len(missing), "cells"))
             for rows in pool(tasks):
+                if isinstance(rows, Exception):
+                    progress(f"a job failed: {type(rows).__name__}: {rows}")
+                    failure = failure or rows
+                    continue
                 for row in rows:
                     store.write(row.pop("key"), row)
                 done += len(rows)
                 progress(
                     Step(f"{done} of {len(missing)} cells trained", done, len(missing), "cells")
                 )
+    if failure is not None:
+        raise failure
     return store.read([cell.key for cell in cells])
 
 
-def _jobs(cells: Iterable[Cell], size: int) -> Iterator[tuple[Cell, ...]]:
-    """Cells that can be stacked, in tuples of at most ``size``."""
+def _attempt(
+    run: Callable[[Sequence[Cell], Place], list[Row]], job: Sequence[Cell], place: Place
+) -> list[Row] | Exception:
+    """A job's rows, or what it raised: the jobs beside it go on."""
+    try:
+        return run(job, place)
+    except Exception as error:
+        return error
+
+
+def _jobs(cells: Iterable[Cell], size: int | None, device: str) -> Iterator[tuple[Cell, ...]]:
+    """Cells that can be stacked, in tuples of at most ``size`` (None: what suits the device)."""
+    usual = _JOB_CELLS.get(torch.device(device).type, _JOB_CELLS["cpu"])
     stacks: dict[Cell, list[Cell]] = {}
     for cell in cells:
         stacks.setdefault(cell.stack, []).append(cell)
-    for members in stacks.values():
+    for stack, members in stacks.items():
+        alone = stack.architecture.partition(":")[0] in IMAGE_KINDS
+        most = size or (_ALONE_CELLS if alone else usual)
         # One seed's methods share their network, so they are made once.
         members.sort(key=lambda c: (c.seed, c.method, c.rate))
-        for first in range(0, len(members), size):
-            yield tuple(members[first : first + size])
+        for first in range(0, len(members), most):
+            yield tuple(members[first : first + most])
 
 
 @contextmanager
@@ -240,6 +280,16 @@ def _engine(processes: int, dask: str | None) -> Iterator[None]:
 
 
 @contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -250,16 +300,21 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def cell_data(cell: Cell, place: Place) -> tuple[Data, Data | None]:
-    """Training set and test set (None if nothing is held out)."""
+    """Training set and test set (None if nothing is held out), in main memory."""
 
     def one(split: str) -> Data:
-        data = load(cell.data, place.root, split=split, download=place.download)
+        data = _loaded(cell.data, place.root, split, place.download)
         if cell.architecture.startswith("autoencoder"):
             data = data.reconstruction()
-        return data.to(place.device)
+        return data
 
     data = one("train" if cell.held_out else "all").first(cell.samples)
     return data, one("test") if cell.held_out else None
+
+
+@functools.lru_cache(maxsize=2)  # a process's jobs mostly share their data: both splits of it
+def _loaded(name: str, root: str | None, split: str, download: bool) -> Data:
+    return load(name, root, split=split, download=download)
 
 
 def run_job(cells: Sequence[Cell], place: Place) -> list[Row]:
@@ -270,7 +325,9 @@ def run_job(cells: Sequence[Cell], place: Place) -> list[Row]:
 
 def _run_job(cells: Sequence[Cell], place: Place) -> list[Row]:
     first = cells[0]
+    begin = time.perf_counter()
     data, test = cell_data(first, place)
+    # Networks are made and conditioned on the CPU: the same ones wherever they train.
     starts: dict[tuple[str, int], Start] = {}
     for cell in cells:
         if (cell.method, cell.seed) not in starts:
@@ -280,20 +337,24 @@ def _run_job(cells: Sequence[Cell], place: Place) -> list[Row]:
         method_named(cell.method).schedule(cell.every) for cell in cells
     ]
     optimizer = first.stack.optimizer
-    curves = train(
-        [s.model for s in chosen],
-        [c.seed for c in cells],
-        [c.rate for c in cells],
-        data,
-        epochs=first.epochs,
-        batch=first.batch,
-        optimizer=optimizer,
-        test=test,
-        recondition=schedules,
-    )
-    seconds = epoch_seconds(
-        chosen[0].model, data, rate=1e-6, batch=first.batch, optimizer=optimizer, steps=9
-    )
+    prepared = time.perf_counter()
+    data, test = data.to(place.device), test and test.to(place.device)
+    with _tf32(place.tf32):
+        curves = train(
+            [s.model for s in chosen],
+            [c.seed for c in cells],
+            [c.rate for c in cells],
+            data,
+            epochs=first.epochs,
+            batch=first.batch,
+            optimizer=optimizer,
+            test=test,
+            recondition=schedules,
+        )
+        seconds = epoch_seconds(
+            chosen[0].model, data, rate=1e-6, batch=first.batch, optimizer=optimizer, steps=9
+        )
+    trained = time.perf_counter()
     return [
         {
             "key": cell.key,
@@ -301,6 +362,10 @@ def _run_job(cells: Sequence[Cell], place: Place) -> list[Row]:
             "preparation_seconds": begun.seconds,
             "imbalance": begun.imbalance,
             "epoch_seconds": seconds,
+            "device": place.name,
+            "job_cells": len(cells),
+            "job_preparation_seconds": prepared - begin,
+            "job_seconds": trained - begin,
             "parameters": sum(p.numel() for p in begun.model.parameters()),
             **_columns(curves, k),
         }
@@ -316,7 +381,7 @@ def start_of(cell: Cell, data: Data) -> Start:
         batch_norm=cell.stack.norm,
         initialization=cell.initialization,
         seed=cell.seed,
-    ).to(data.inputs.device)
+    )
     return start(method_named(cell.method), model, data)
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pathlift.curvature import curvature
+from pathlift.experiments import catalogue
 from pathlift.experiments.architectures import widths_of
 from pathlift.experiments.compare import LABELS
 from pathlift.experiments.exactness import CONTINUOUS, ENORM, LEAST_SEEDS, NONE, fine, rate_of
 from pathlift.experiments.exactness import studies as decided
+from pathlift.experiments.judging import FIXED, OWN, auc, counts, distinct, misses, verdict_of
 from pathlift.experiments.methods import loss_of
 from pathlift.experiments.study import Result, Run, Study, Table, stored
 from pathlift.experiments.summary import Interval, Setting, difference, plain, settings_of
@@ -25,12 +27,15 @@ from pathlift.experiments.sweep import Cell, Place, cell_data, start_of
 
 FILE = "when.json"
 _BATCHES, _CURVATURE_SEEDS = 4, 1
-FIRST = ("path-root", "path-first")  # first powers in place of squares, for Adam's steps
+# Criteria for steps that don't grow with the gradient: first powers in place of squares for Adam's,
+# equal spectral norms for Muon's.
+FIRST, SPECTRAL = ("path-root", "path-first"), ("spectral",)
+_OWN: dict[str, tuple[str, ...]] = {"sgd": (), "muon": SPECTRAL}
 
 
 def _study(architecture: str, optimizer: str, rates: list[float], **settings: Any) -> Study:
     given = {
-        "methods": (NONE, CONTINUOUS, *(FIRST if optimizer != "sgd" else ())),
+        "methods": (NONE, CONTINUOUS, *_OWN.get(optimizer, FIRST)),
         "data": ("digits",),
         "optimizers": (optimizer,),
         "rates": rates,
@@ -52,6 +57,7 @@ def contrasts() -> dict[str, Study]:
         "-classifier-adam": _study("mlp:256-16-256", "adam", fine(0.0081, 2, 2)),
         "-autoencoder-adam": _study("autoencoder:128-32-8", "adam", fine(0.0054, 2, 2), **code),
         "-autoencoder-adamw": _study("autoencoder:128-32-8", "adamw", fine(0.0054, 2, 2), **code),
+        "-classifier-muon": _study("mlp:256-16-256", "muon", [0.004, 0.008, 0.016, 0.032, 0.064]),
         "-narrow-code": _study("autoencoder:128-32-2", "sgd", fine(1, 2, 2), **code),
         "-wide-middle": _study("mlp:16-256-16", "sgd", fine(0.667, 2, 2)),
         "-language-adamw": _study(
@@ -70,8 +76,25 @@ def contrasts() -> dict[str, Study]:
 
 
 def studies(small: bool) -> dict[str, Study]:
-    """Those of the decision (small: the digits' alone) and the contrasts."""
-    return {**decided(small), **contrasts()}
+    """Those of the decision (small: the digits' alone), contrasts, optimisers, and full sizes."""
+    found = {**decided(small), **contrasts()}
+    gathered = {"optimizers": catalogue.optimizers(True)}
+    if not small:
+        gathered |= {f"{name}-full": ones(False) for name, ones in _FULL.items()}
+    for name, ones in gathered.items():
+        found |= {f"{LEFT_OUT}{name}{suffix}": study for suffix, study in ones.items()}
+    return found
+
+
+# Studies of other experiments, which the rule was not made from.
+LEFT_OUT = "-of-"
+_FULL: dict[str, Callable[[bool], dict[str, Study]]] = {
+    "autoencoder": catalogue.autoencoder,
+    "fully-connected": catalogue.fully_connected,
+    "optimizers": catalogue.optimizers,
+    "fully-convolutional": catalogue.fully_convolutional,
+    "resnet": catalogue.resnet,
+}
 
 
 def stable_rate_factor(cell: Cell, place: Place) -> float:
@@ -105,6 +128,7 @@ def entry(setting: Setting, cell: Cell, factor: float) -> dict[str, Any]:
         "initialization": cell.initialization,
         "parameters": setting.parameters,
         "epochs": setting.epochs,
+        "samples": cell.samples,
         "seeds": len(setting.seeds),
         "rates": setting.rates,
         "width_ratio": max(widths) / min(widths),
@@ -157,15 +181,17 @@ def _gain(
 def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
     """Gather every study's setting; write ``when.json``."""
     entries = []
-    for study in chosen.values():
-        cell = study.cells()[0]
-        settings = settings_of(stored(study, run))
-        run.progress(f"curvature of {cell.architecture}")
-        factor = stable_rate_factor(cell, run.place)
-        entries += [entry(s, cell, factor) for s in settings]
+    for suffix, study in chosen.items():
+        cells = {c.architecture: c for c in study.cells()}
+        for setting in settings_of(stored(study, run)):
+            cell = cells[setting.architecture]
+            run.progress(f"curvature of {cell.architecture} on {cell.data}")
+            factor = stable_rate_factor(cell, run.place)
+            left_out = suffix.startswith(LEFT_OUT)
+            entries.append({**entry(setting, cell, factor), "left_out": left_out})
     text = json.dumps(plain(entries), indent=1)
     (run.output / FILE).write_text(text + "\n", encoding="utf-8")
-    return Result([], [_table(entries)], _sentences(entries))
+    return Result([], [_table(entries), _rule_table(entries)], _sentences(entries))
 
 
 def _table(entries: Sequence[dict[str, Any]]) -> Table:
@@ -197,6 +223,29 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
     return Table(head, lines)
 
 
+def _rule_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """The rule's verdicts against what was seen."""
+    head = (
+        *("settings", "at", "verdict: likely to help", "nothing to do", "don't"),
+        "a gain ranked above no gain (AUC)",
+    )
+    lines: list[Sequence[str]] = []
+    kinds = {"that the rule was made from": False, "left out": True}
+    for label, left_out in kinds.items():
+        # Of equal settings one counts, so the kinds are told apart first.
+        own = distinct([e for e in entries if e["left_out"] == left_out])
+        for rates, where in ((OWN, "own best rates"), (FIXED, "the baseline's best rate")):
+            seen = counts(own, rates)
+            cells = (
+                f"{gained} gained, {level} no difference shown, {lost} lost"
+                for gained, level, lost in seen.values()
+            )
+            quality = auc(own, rates)
+            shown = "" if math.isnan(quality) else f"{quality:.2f}"
+            lines.append((f"{len(own)} {label}", where, *cells, shown))
+    return Table(head, lines)
+
+
 def _fall(entry: dict[str, Any], method: dict[str, Any], between: str) -> str:
     """The imbalance before and after, where paths are defined."""
     values = entry["imbalance_before"], method["imbalance_after"]
@@ -219,9 +268,10 @@ def _sentences(entries: Sequence[dict[str, Any]]) -> list[str]:
         signs = {1: "a gain", 0: "no difference shown", -1: "a loss", None: "too few seeds"}
         what = signs[gain["sign"]]
         norm = ", batch norm" if e["batch_norm"] else ""
+        miss = "" if gain["sign"] is None or not misses([e]) else " A miss."
         found.append(
             f"{e['architecture']} on {e['data']}, {e['optimizer']}{norm}, continuous: {what} at "
             f"own best rates ({_shown(gain)}); imbalance {_fall(e, m, ' to ')}, best rate "
-            f"{m['rate_ratio']:.2g} times the baseline's."
+            f"{m['rate_ratio']:.2g} times the baseline's. The rule says {verdict_of(e)}.{miss}"
         )
     return found
