@@ -25,6 +25,10 @@ _INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 _MOVES = {aten._to_copy.default, aten.copy_.default}
 
 
+class Unpretended(NotImplementedError):
+    """A real device can do this; a tensor that pretends can't."""
+
+
 class Pretend(torch.Tensor):
     """A tensor that reports :data:`DEVICE` and whose values are those of ``host``."""
 
@@ -32,6 +36,8 @@ class Pretend(torch.Tensor):
 
     @staticmethod
     def __new__(cls, host: Tensor) -> Pretend:
+        if host.layout != torch.strided:
+            raise Unpretended(f"a tensor of layout {host.layout}")
         made: Pretend = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             host.size(),

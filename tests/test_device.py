@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 
@@ -10,11 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("expecttest")
+
+import pathlift
+from operators.cases import INPUT, cases, database
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
 from pathlift.condition import scales_to_apply
 from pathlift.criteria import CRITERIA
-from pathlift.lifting.lifted import lifted_pass
+from pathlift.lifting.lifted import lifted_pass, stream_diagonal
 from pathlift.solve import solve
 from pathlift.solve.assemble import assemble_from
 from pathlift.solve.bounds import extent_bounds
@@ -22,7 +27,8 @@ from pathlift.solve.matrix import Dense
 from pathlift.solve.operator import Operator
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent, extents
-from pretend import Accelerator, Pretend, moved_model, moved_program
+from pathlift.tensors.product import dense
+from pretend import Accelerator, Pretend, Unpretended, moved_model, moved_program
 
 
 class Convolutional(nn.Module):
@@ -155,3 +161,57 @@ def test_path_norms_are_taken_where_the_parameters_are() -> None:
     assert found.shift == expected.shift
     torch.testing.assert_close(found.total.host, expected.total)
     torch.testing.assert_close(other.host, slope)
+
+
+# Operations that read values the program knows (indices, masks), wherever those lie.
+READ_VALUES = (
+    *("masked_fill", "masked_scatter", "gather", "index_select", "__getitem__", "index_put"),
+    *("put", "take", "take_along_dim", "where", "masked.prod", "masked.cumsum", "scatter"),
+    *("scatter_add", "index_add", "index_copy", "index_fill", "nn.functional.embedding"),
+    *("diagonal_scatter", "select_scatter", "cumsum", "sort", "nn.functional.pad.reflect"),
+    *("nn.functional.max_pool2d", "nn.functional.batch_norm", "repeat_interleave", "tril"),
+)
+
+
+@pytest.mark.parametrize("name", READ_VALUES)
+def test_an_operation_is_read_as_on_the_host(name: str) -> None:
+    assert reads_alike(name, 3)
+
+
+# A linear map of a vector gives its result another shape in place, which a wrapper can't follow.
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", [n for n in database() if n != "nn.functional.linear"])
+def test_every_operation_is_read_as_on_the_host(name: str) -> None:
+    reads_alike(name, 8)
+
+
+def reads_alike(name: str, most: int) -> int:
+    """Scales and coefficients of so many cases of an operator; how many could be asked."""
+    asked = 0
+    for case in itertools.islice(cases(database()[name]), most):
+        try:
+            program = capture(case.module().eval(), torch.tensor(INPUT))
+            group = infer_group(program)
+        except Exception:  # tests/operators says whether that is as it should be
+            continue
+        there = moved_program(program)
+        try:
+            with Accelerator():
+                found = infer_group(there)
+                assert found.num_scales == group.num_scales, case.name
+                assert found.unsupported == group.unsupported, case.name
+                alike = coefficients(program), coefficients(there)
+        except Unpretended:
+            continue
+        asked += 1
+        for (key, expected), value in zip(alike[0].items(), alike[1].values(), strict=True):
+            value = value.host if isinstance(value, Pretend) else value
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=0, equal_nan=True, msg=key)
+    return asked
+
+
+def coefficients(program: Program) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    with contextlib.suppress(pathlift.PathliftError):  # no paths
+        stream_diagonal(program, False, lambda n, g: found.update({n: dense(g)}), strict=False)
+    return found

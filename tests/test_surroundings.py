@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pathlift
 from pathlift.cautions import NothingToDo
+from pathlift.surroundings import plain_arithmetic
 
 
 class Doubles(TorchDispatchMode):
@@ -59,6 +60,42 @@ def test_a_call_is_as_outside(name: str) -> None:
     assert norm == pathlift.path_norm(outside, X)
     for a, b in zip(model.parameters(), outside.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("interface", ["older", "newer", "all"])
+def test_coarse_products_are_not_for_the_work(interface: str) -> None:
+    """Work is done in float32 where the user allows less, and the setting stays."""
+
+    def read() -> list[object]:
+        newer = getattr(torch._C, "_get_fp32_precision_getter", None)
+        parts = [(b, o) for b in ("cuda", "mkldnn") for o in ("matmul", "conv", "rnn")]
+        found: list[object] = [] if newer is None else [newer(*part) for part in parts]
+        with suppress(RuntimeError):  # the older interface does not understand all of the newer's
+            found.append(torch.get_float32_matmul_precision())
+        return found
+
+    plain = read()
+    if interface == "older":
+        torch.set_float32_matmul_precision("medium")
+    elif not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has the older interface alone")
+    elif interface == "newer":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    else:
+        torch.backends.fp32_precision = "tf32"
+    try:
+        before = read()
+        with plain_arithmetic():
+            found = read()
+        assert before == read() != plain
+        assert not {"tf32", "bf16", "medium"}.intersection(map(str, found))
+        assert pathlift.condition_(MakesATensor(), X).max_output_change is not None
+        assert before == read()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        if interface != "older":
+            torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
+            torch.backends.fp32_precision = "none"
 
 
 def test_the_model_runs_on_the_default_device() -> None:

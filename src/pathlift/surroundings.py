@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
@@ -82,9 +82,53 @@ def callers_device() -> Iterator[None]:
 
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
-    """The types that the model itself computes in, whatever autocast the caller is in."""
+    """The types that the model itself computes in, whatever the caller allows instead of them.
+
+    That is autocast, and coarser products of float32 numbers (TF32, bfloat16). Rounding factors to
+    fewer bits commutes with powers of two, so what keeps every bit here keeps every bit there.
+    """
     # Without a cache: weights that an autocast region has cast in one run would enter the next.
     cpu = torch.autocast("cpu", enabled=False, cache_enabled=False)
     cuda = torch.autocast("cuda", enabled=False, cache_enabled=False)
-    with cpu, cuda:
+    with cpu, cuda, _whole_products():
         yield
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Products of float32 numbers in float32; the settings are put back.
+
+    Torch has two interfaces for them, and the older one raises where they contradict each other.
+    So each setting is changed by the older one where that can be read, and by the newer one else.
+    """
+    with ExitStack() as stack:
+        with suppress(RuntimeError):
+            allowed = torch.get_float32_matmul_precision()
+            if allowed != "highest":
+                torch.set_float32_matmul_precision("highest")
+                stack.callback(torch.set_float32_matmul_precision, allowed)
+        with suppress(RuntimeError):
+            if torch.backends.cudnn.allow_tf32:
+                torch.backends.cudnn.allow_tf32 = False
+                stack.callback(setattr, torch.backends.cudnn, "allow_tf32", True)
+        if hasattr(torch._C, "_get_fp32_precision_getter"):  # since torch 2.9
+            own = [(b, o) for b in ("cuda", "mkldnn") for o in ("matmul", "conv", "rnn")]
+            if any(torch._C._get_fp32_precision_getter(*one) in _COARSE for one in own):
+                _refine(own, stack)
+        yield
+
+
+_COARSE = ("tf32", "bf16")
+
+
+def _refine(operations: list[tuple[str, str]], stack: ExitStack) -> None:
+    """Set the newer interface's settings to float32.
+
+    A setting that is not given follows its parent's, and reads as that one's. So parents are
+    taken away first: then it reads as it was given.
+    """
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    for one in [("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), *operations]:
+        given = read(*one)
+        write(*one, "ieee" if one in operations else "none")
+        stack.callback(write, *one, given)

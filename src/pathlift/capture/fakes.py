@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pathlift.capture.refusals import ELSEWHERE
-from pathlift.capture.schemas import plan_of
+from pathlift.capture.schemas import plan_of, taken_apart
 from pathlift.capture.witness import Watch
 from pathlift.errors import CaptureError
 
@@ -133,9 +133,9 @@ class Fakes(FakeTensorMode):
         if func.namespace != "aten":
             return func(*args, **kwargs)
         plan = plan_of(func)
-        if plan.composite and not self.known(plan.name):
+        if not self.known(plan.name):
             with _Parts(self.run):
-                result = func.decompose(*args, **kwargs)
+                result = taken_apart(func, plan, args, kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)

@@ -1,9 +1,10 @@
 """One recorder of ATen calls: a model is run on fake tensors and every call is written down.
 
 An operation that the table knows is recorded whole; one that it doesn't know is taken apart where
-PyTorch composes it of others. What depends on neither inputs, parameters nor state is computed for
-real on the way (position ids, masks): such tensors are constants of the program. Where Python asks
-for a value that is not known, the model is refused with the line of its code that asked.
+PyTorch composes it of others, or fuses others for a device. What depends on neither inputs,
+parameters nor state is computed for real on the way (position ids, masks): such tensors are
+constants of the program. Where Python asks for a value that is not known, the model is refused with
+the line of its code that asked.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlift.capture.schemas import (
     mapped,
     plan_of,
     restored,
+    taken_apart,
     tensors_of,
     unwritten,
 )
@@ -75,11 +77,11 @@ class Recorder(Watch):
             return self._compute(func, plan, bound, args, kwargs)
         if plan.name in _VALUES:
             self._refuse(ValueNeeded(plan.name))
-        if not self.known(plan.name) and plan.composite:
+        if not self.known(plan.name):
             self._inside += 1
             try:
                 with self:
-                    result = func.decompose(*args, **kwargs)
+                    result = taken_apart(func, plan, args, kwargs)
             finally:
                 self._inside -= 1
             if result is not NotImplemented:

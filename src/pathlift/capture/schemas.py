@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pathlift.capture.kernels import PARTS
+
 # Arguments of norms that hold running averages: an update leaves them what they are to the norm.
 _AVERAGES = frozenset({"running_mean", "running_var"})
 
@@ -61,6 +63,13 @@ def plan_of(func: Any) -> Plan:
         reshaped=torch.Tag.inplace_view in func.tags,
         uninitialised=base.startswith(("empty", "new_empty", "resize")),
     )
+
+
+def taken_apart(func: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call what an operation is composed of; NotImplemented if it can't be taken apart."""
+    if plan.name in PARTS:
+        return PARTS[plan.name](*args, **kwargs)
+    return func.decompose(*args, **kwargs) if plan.composite else NotImplemented
 
 
 def _functional(func: Any, space: str, base: str, mutated: tuple[str, ...]) -> Any:

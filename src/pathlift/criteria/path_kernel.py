@@ -52,5 +52,7 @@ path_kernel = Criterion(_hand_on)
 def _in_range(g: Tensor | Product) -> bool:
     if not g.numel():
         return True
-    low, high = g.bounds() if isinstance(g, Product) else (float(v) for v in g.aminmax())
+    low, high = (
+        g.bounds() if isinstance(g, Product) else (float(v) for v in torch.stack(g.aminmax()).cpu())
+    )
     return low > 1e-36 and high < 1e36

@@ -16,12 +16,18 @@ from pathlift.tensors.pieces import entries_at_a_time
 from pathlift.tensors.product import Product
 
 
+def _placed(q: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A parameter for the lifted network, where layouts of the model's kernels (channels last) buy
+    nothing."""
+    return q.to(device, dtype).contiguous()
+
+
 def _power(
     q: Tensor, p: float, device: torch.device, dtype: torch.dtype, unit: int | None
 ) -> tuple[Tensor, int]:
     """``|q * 2**-unit|^p`` and the unit (found if not given); never the memory of ``q``."""
     unit = unit_exponent(q) if unit is None else unit
-    x = q.to(device, dtype)
+    x = _placed(q, device, dtype)
     if unit:
         x = x * 2.0**-unit
     if p == 2:  # in place where this is a copy
@@ -43,7 +49,7 @@ class KeptParameters:
                 continue
             if differentiable:
                 self.units[name] = unit_exponent(q)
-                scaled = q.to(device, dtype) * 2.0 ** -self.units[name]
+                scaled = _placed(q, device, dtype) * 2.0 ** -self.units[name]
                 self.leaves[name] = scaled.square() if p == 2 else scaled.abs() ** p
             else:
                 value = program.value(name)
@@ -250,7 +256,8 @@ def unit_exponent(q: Tensor) -> int:
     """Power of two next to the largest entry, rounded to even steps of 8 (0 for near 1)."""
     if not q.numel():
         return 0
-    peak = max(abs(float(end)) for end in torch.aminmax(q.detach()))
+    low, high = (float(end) for end in torch.stack(torch.aminmax(q.detach())).cpu())
+    peak = max(abs(low), abs(high))
     if peak == 0 or not math.isfinite(peak):
         return 0
     exponent = math.frexp(peak)[1]

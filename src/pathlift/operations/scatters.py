@@ -65,9 +65,13 @@ def _write(
     tied = undecided(call, found, dims)
     where: Picked = settled(call, found)
     shape = call["self"].shape
-    place = read(call, torch.zeros((), dtype=torch.int64).expand(shape), where).shape
+
+    def here(t: Tensor) -> Tensor:
+        return read(call, t, [None if w is None else w.to(t.device) for w in where])
+
+    place = here(torch.zeros((), dtype=torch.int64).expand(shape)).shape
     return Write(
-        lambda t: read(call, t, [None if w is None else w.to(t.device) for w in where]),
+        here,
         lambda t: used(call, t, place),
         tuple(sorted(set(tied))),
         tuple(d for own in dims(call) for d in own),

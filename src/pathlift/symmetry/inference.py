@@ -81,7 +81,7 @@ class Inference:
             leaf = self.leaves[name]
             return Value(leaf.shape, None, leaf)
         if symbol in graph.constants:
-            return self.constant(graph.constants[symbol])
+            return self.constant(graph.constants[symbol].cpu())  # ids are on the host
         return self.fixed(symbol.shape, "the model's input" if name is None else "a buffer")
 
     def free(self, symbol: Symbol) -> None:

@@ -113,7 +113,7 @@ def extent(tensor: Tensor) -> Extent:
     buffer = torch.empty_like(pieces[0]) if pieces else flat
     for piece in pieces:
         bits = torch.bitwise_and(piece, mask, out=buffer[: len(piece)])
-        bottom, top = (int(end) for end in torch.aminmax(bits))
+        bottom, top = (int(end) for end in torch.stack(torch.aminmax(bits)).cpu())
         if not bottom:
             bottom = int(bits.sub_(1).bitwise_and_(mask).amin()) + 1
         low, high = min(low, bottom - 1), max(high, top)
