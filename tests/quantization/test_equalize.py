@@ -120,8 +120,8 @@ def test_terms_against_their_definition(per: str) -> None:
         )
         g = g.reshape(*g.shape, *(1,) * (weight.dim() - 2)).expand(weight.shape).clone()
         axis = 0 if per == "channel" else None
-        one = term(group, group.parameters[name], "weight", weight, g, steps=127, axis=axis)
-        found = Errors([one], group.num_scales).total(scales.numpy())
+        one = term(group.parameters[name], "weight", weight, g, steps=127, axis=axis)
+        found = Errors([one], group.basis).total(scales.numpy())
         shift = sum(moved.get(name, []), torch.zeros(()))
         expected = by_definition(weight, g, shift.expand(weight.shape), 127.0, per)
         # Sums of G have a thousandth of their mean added; grouped columns are no product.
@@ -133,19 +133,19 @@ def test_gradient_of_the_smoothed_sum() -> None:
     _, program = fold_captured_(model, capture(model, x, both=False))
     group = infer_group(program)
     names = [n for n, p in program.parameters.items() if p.dim() > 1]
-    found = measure(model, program, names, []).sensitivity
+    found = measure(model, program, [], names, []).sensitivity
     for axis in (None, 0):
         terms = [
-            term(group, group.parameters[n], "weight", program.parameters[n], g, steps=1, axis=axis)
+            term(group.parameters[n], "weight", program.parameters[n], g, steps=1, axis=axis)
             for n, g in found.items()
         ]
-        stage = _Stage(Errors(terms, group.num_scales), np.zeros(group.num_scales), 8.0)
+        stage = _Stage(Errors(terms, group.basis), 8.0)
         point = np.random.default_rng(0).normal(size=group.num_scales)
         _, gradient = stage(point)
         for k in range(0, group.num_scales, 5):
-            step = 1e-6 * np.eye(group.num_scales)[k]
-            slope = (stage(point + step)[0] - stage(point - step)[0]) / 2e-6
-            assert gradient[k] == pytest.approx(slope, rel=1e-4, abs=1e-7)
+            step = 1e-3 * np.eye(group.num_scales)[k]
+            slope = (stage(point + step)[0] - stage(point - step)[0]) / 2e-3
+            assert gradient[k] == pytest.approx(slope, rel=2e-3, abs=1e-5)
 
 
 def test_sensitivities_against_derivatives() -> None:
@@ -153,7 +153,7 @@ def test_sensitivities_against_derivatives() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).eval(), torch.randn(4, 3)
     program = capture(model, x, both=False)
-    found = measure(model, program, ["0.weight", "2.bias"], [as_inputs(x)])
+    found = measure(model, program, list(weights(model)), ["0.weight", "2.bias"], [as_inputs(x)])
     expected = torch.zeros(4, 3)
     for row in x:  # one output: every sign gives the same square
         (gradient,) = torch.autograd.grad(model(row[None]).sum(), [model[0].weight])
@@ -228,7 +228,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("step", ["rescale_", "_report", "absorb_captured_"])
+@pytest.mark.parametrize("step", ["apply_best_", "_report", "absorb_captured_"])
 def test_all_or_nothing(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = cnn(nn.ReLU6)
     before, names = state(model), [type(m) for m in model.modules()]
