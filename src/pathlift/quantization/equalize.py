@@ -70,11 +70,15 @@ def equalize_(
     over all tensors is convex in s. Last, what pre-activations exceed zero by almost always is
     moved from a layer's bias into the next ones' (:mod:`pathlift.absorption`).
 
+    What rounding then really makes of the outputs on the example inputs is measured, without the
+    scales and with them; they are applied only if it is less, and the report has both figures.
+
     Args:
         model: in evaluation mode, the only one that is looked at: what runs in training mode alone
             (auxiliary heads) is not rescaled with the rest.
         example_inputs: one batch as forward takes it. Its values matter: sensitivities are measured
-            on its first samples (4; up to 16 of a small model), and a few typical ones are enough.
+            on its first samples (2 to 8, of small models more; twice as many for int4), and a few
+            typical ones are enough.
         fold: fold batch norms.
         biases: ``"shrink"`` or ``"ignore"``. Biases are not quantised, but a layer's output ranges
             over its bias at least. ``"shrink"`` counts, for each quantised layer, the error of
@@ -148,7 +152,8 @@ def _equalized(
         group = infer_group(program)
     found = list(weights(model))
     with timed(seconds, "measure"):
-        measured = measure(model, program, found, names_of(found, group), batches)
+        names, times = names_of(found, group), 2 if asked.coarse else 1
+        measured = measure(model, program, found, names, batches, times)
     with timed(seconds, "solve"):
         result = search(found, group, measured, asked, bounds(program, group))
     spreads = {one.name: spread_of(one.parameter, channel_axis(one.module)) for one in found}

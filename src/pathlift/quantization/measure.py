@@ -24,8 +24,8 @@ from pathlift.quantization.layers import Convolution, Weight
 from pathlift.surroundings import plain_arithmetic
 
 # Samples of the example inputs that sensitivities are averaged over: fewest and most, and how many
-# derivatives are affordable in all.
-_FEWEST, _MOST, _AFFORDABLE = 4, 16, 1 << 24
+# derivatives are affordable in all. Where steps are few, twice as many of each.
+_FEWEST, _MOST, _AFFORDABLE = 2, 8, 1 << 23
 
 
 @dataclass
@@ -83,10 +83,10 @@ def _floats(out: Any) -> list[Tensor]:
     return [t for t in tensors_in(out) if t.is_floating_point()]
 
 
-def samples_of(inputs: Inputs, batch: int | None, entries: int) -> list[Inputs]:
+def samples_of(inputs: Inputs, batch: int | None, entries: int, times: int = 1) -> list[Inputs]:
     """The first samples of a batch, one by one; the whole where samples can't be told apart.
 
-    4 of them for a model of many ``entries``, up to 16 for a small one.
+    2 of them for a model of many ``entries``, up to 8 for a small one; ``times`` as many.
     """
     if batch is None:
         return [inputs]
@@ -95,7 +95,8 @@ def samples_of(inputs: Inputs, batch: int | None, entries: int) -> list[Inputs]:
         return tensor[k : k + 1] if tensor.dim() and tensor.shape[0] == batch else tensor
 
     found = []
-    for k in range(min(batch, max(_FEWEST, min(_MOST, _AFFORDABLE // max(entries, 1))))):
+    number = times * max(_FEWEST, min(_MOST, _AFFORDABLE // max(entries, 1)))
+    for k in range(min(batch, number)):
         pick = lambda t, k=k: one(t, k)  # noqa: E731
         args, kwargs = pytree.tree_map_only(Tensor, pick, (inputs.args, inputs.kwargs))
         found.append(Inputs(args, kwargs))
@@ -108,6 +109,7 @@ def measure(
     found: Sequence[Weight],
     names: Sequence[str],
     calibration: Sequence[Inputs],
+    times: int = 1,
 ) -> Measured:
     """Sensitivities of the named parameters on the example inputs; with calibration, of inputs too.
 
@@ -118,11 +120,12 @@ def measure(
         names: parameters.
         calibration: batches over which the ranges of layers' inputs are taken; none: layers'
             inputs are not looked at.
+        times: as many samples as otherwise.
     """
     measured = Measured()
     layers = layers_of(found) if calibration else []
     entries = sum(program.parameters[n].numel() for n in names)
-    samples = samples_of(program.inputs, program.graphs[0].batch, entries)
+    samples = samples_of(program.inputs, program.graphs[0].batch, entries, times)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad(), _running(model):
         leaves = {n: program.parameters[n].detach().requires_grad_() for n in names}
@@ -173,10 +176,11 @@ def _add_sample(
     gradients = torch.autograd.grad(probe, wanted, allow_unused=True)
     found.power += sum(float(t.detach().double().square().sum()) for t in out)
     for name, gradient in zip(leaves, gradients, strict=False):
-        square = torch.zeros_like(leaves[name]) if gradient is None else gradient.square()
-        square = square.detach().float()
-        known = found.sensitivity.get(name)
-        found.sensitivity[name] = square if known is None else known.add_(square)
+        if name not in found.sensitivity:
+            found.sensitivity[name] = torch.zeros_like(leaves[name], dtype=torch.float32)
+        if gradient is not None:
+            slope = gradient.detach().float()
+            found.sensitivity[name].addcmul_(slope, slope)
     for (name, _, axis), gradient in zip(live, gradients[len(leaves) :], strict=True):
         if gradient is not None:
             others = [d for d in range(gradient.dim()) if d != axis % gradient.dim()]

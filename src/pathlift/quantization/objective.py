@@ -23,15 +23,15 @@ from pathlift.solve.problem import LN2
 _Single = NDArray[np.float32]
 
 # Orders of the norms that stand for maxima, and iterations for each.
-STAGES = ((8.0, 30), (32.0, 40))
+STAGES = ((8.0, 20), (32.0, 25))
 # Pull towards no scale, per scale squared: it decides where nothing else does.
 _PULL = 1e-4
 # Log2 of the largest magnitude of nothing but zeros.
 _NOTHING = -500.0
-# Less than this part of the largest is taken for 0, so that no product of two is subnormal (slow).
-_NEGLIGIBLE = 2.0**-50
-# Log2 of how far q-th powers may move before the matrices are made anew.
-_FAR = 40.0
+# Log2 of how far q-th powers may move before the matrices are made anew, of what is taken for 0
+# beside the largest (it stays small, wherever rows and columns move until then), and of what is
+# taken for 0 of slopes. No product of these is subnormal in float32, which would be slow.
+_FAR, _SMALLEST, _FLAT = 35.0, -80.0, -40.0
 
 
 class Errors:
@@ -88,10 +88,12 @@ class Errors:
         """The sum over all terms."""
         return float(self.each(scales).sum())
 
-    def least(self, start: Array, lower: Array, upper: Array) -> tuple[Array, int]:
+    def least(
+        self, start: Array, lower: Array, upper: Array, stages: Sequence[tuple[float, int]] = STAGES
+    ) -> tuple[Array, int]:
         """The scales within the bounds at which the sum is least, and the evaluations it took."""
         point, evaluations, curvature = np.clip(start, lower, upper), 0, Curvature()
-        for q, iterations in STAGES:
+        for q, iterations in stages:
             stage = _Stage(self, q)
             point, more = descend(stage, point, lower, upper, iterations, curvature)
             evaluations += more
@@ -150,8 +152,8 @@ class _Stage:
             columns = slice(errors._column_ends[k], errors._column_ends[k + 1])
             matrix -= tops[rows, None]
             matrix *= q
+            matrix[matrix < _SMALLEST] = -np.inf
             np.exp2(matrix, out=matrix)
-            matrix[matrix < _NEGLIGIBLE] = 0.0
             if len(errors.terms[k].columns.coefficients):
                 self.matrices.append((rows, columns, matrix))
             else:
@@ -164,7 +166,7 @@ class _Stage:
             self._move(row, column)
         up_row = np.exp2(q * (row - self.row))
         up_column = np.exp2(q * (column - self.column))
-        single = _single(up_column)
+        single = up_column.astype(np.float32)
         across = self.constant.copy()
         for rows, columns, matrix in self.matrices:
             across[rows] = matrix @ single[columns]
@@ -179,7 +181,8 @@ class _Stage:
         down = np.zeros(len(up_column))
         per_row = over * up_row
         largest = float(per_row.max(initial=0.0)) or 1.0
-        single = _single(per_row / largest)
+        per_row /= largest
+        single = np.where(per_row < 2.0**_FLAT, 0.0, per_row).astype(np.float32)
         for rows, columns, matrix in self.matrices:
             down[columns] = single[rows] @ matrix
         by_term = _summed(errors._term, each, len(errors.terms))
@@ -204,11 +207,6 @@ def _exponents(forms: Sequence[Forms], basis: sparse.csr_array) -> sparse.csr_ar
     rows = _joined(places).astype(np.int64)
     chosen = sparse.csr_array((values, (rows, columns)), shape=(int(first[-1]), basis.shape[0]))
     return sparse.csr_array(chosen @ basis)
-
-
-def _single(values: Array) -> _Single:
-    """In float32, without what is negligible beside 1."""
-    return np.where(values < _NEGLIGIBLE, 0.0, values).astype(np.float32)
 
 
 def _distance(one: Array, other: Array) -> float:

@@ -34,8 +34,8 @@ class Spread(NamedTuple):
 
 def spread_of(weight: Tensor, axis: int) -> Spread:
     """The spread of a weight's channels along ``axis``."""
-    size = weight.detach().abs().float()
-    tops = size.amax([d for d in range(size.dim()) if d != axis]).sort().values
+    values, others = weight.detach(), [d for d in range(weight.dim()) if d != axis]
+    tops = torch.maximum(-values.amin(others), values.amax(others)).float().sort().values
     return Spread(float(tops[0]), float(tops[len(tops) // 2]), float(tops[-1]))
 
 

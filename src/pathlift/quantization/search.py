@@ -12,7 +12,7 @@ from pathlift.errors import ArgumentError, unknown
 from pathlift.quantization.formats import Format
 from pathlift.quantization.layers import Convolution, Weight, channel_axis
 from pathlift.quantization.measure import Measured
-from pathlift.quantization.objective import Errors
+from pathlift.quantization.objective import STAGES, Errors
 from pathlift.quantization.terms import Term, input_scales, term, thinned
 from pathlift.solve.bounds import extent_bounds
 from pathlift.solve.matrix import Array
@@ -24,6 +24,9 @@ _RELU6 = ("keep", "relu", "per-channel")
 # From this many steps on hardly an entry becomes 0; below, rounds of the search.
 _FINE = 50.0
 _ROUNDS = 3
+# Parts of the way to the least error are tried as well where a prediction is a guide only, and in
+# models of no more entries than this, where one rounding is a draw and trying costs little.
+_SMALL, _PARTS = 1 << 20, (0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class Found:
     """What the search found.
 
     Attributes:
-        scales: none (zeros) first, then what was found, in that order.
+        scales: none (zeros) first, then those worth trying.
         evaluations: of the objective.
         errors: as predicted at given scales, per term.
     """
@@ -163,7 +166,8 @@ def search(
     Few steps (int4) round many entries to 0, whose errors no longer depend on the step. Which
     those are depends on the scales, so there the search goes on a few rounds, each with the
     entries that become 0 at the last one's scales. Errors are then no longer small, and the
-    prediction is a guide only.
+    prediction is a guide only. What one rounding makes of the predicted error is a draw, the
+    wider the smaller the model; so which scales are best is decided by trying.
     """
     plain = Errors(terms_of(found, group, measured, asked), group.basis)
 
@@ -181,9 +185,12 @@ def search(
     if asked.coarse or plain.total(scales) < plain.total(none):
         result.scales.append(scales)
     for _ in range(_ROUNDS if asked.coarse else 0):
-        scales, more = errors(scales).least(scales, *limits)
+        scales, more = errors(scales).least(scales, *limits, STAGES[-1:])
         result.evaluations += more
         result.scales.append(scales)
+    entries = sum(one.parameter.numel() for one in found)
+    if len(result.scales) > 1 and (asked.coarse or entries <= _SMALL):
+        result.scales[1:1] = [part * scales for part in _PARTS]
     return result
 
 
