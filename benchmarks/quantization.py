@@ -1,9 +1,11 @@
 """Quantisation after equalization: this library beside Brevitas and AIMET.
 
-    python benchmarks/quantization.py                        # all networks, 5 seeds, trained nets
+    python benchmarks/quantization.py                        # all networks, 5 seeds
     python benchmarks/quantization.py --networks resnet18 --seeds 1 --json /tmp/now.json
     python benchmarks/quantization.py --page                 # only write the tables from the file
     python benchmarks/quantization.py --figure               # only draw the page's figure
+
+Trained networks are measured by benchmarks/quantization_trained.py, into the same file.
 
 Brevitas and AIMET are no part of the package. They are compared where they can be imported, in an
 environment of their own: `pip install brevitas aimet-torch`.
@@ -276,8 +278,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--page", action="store_true", help="only write the page's tables")
-    parser.add_argument("--no-trained", action="store_true")
-    parser.add_argument("--only-trained", action="store_true", help="into the file as it is")
     parser.add_argument("--figure", action="store_true", help="only draw the figure")
     args = parser.parse_args()
     if args.figure:
@@ -289,15 +289,9 @@ def main() -> None:
     torch.set_num_threads(1)
     data: dict[str, Any]
     others = compared.tools()
-    if args.only_trained:
-        data = json.loads(args.json.read_text())
-        data["trained"] = trained.results({"before": compared.folded, **others})
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
-        return
     versions = {"torch": torch.__version__, **compared.versions()}
-    data = {"versions": versions, "rows": []}
-    if not args.no_trained:
-        data["trained"] = trained.results({"before": compared.folded, **others})
+    known = json.loads(args.json.read_text()) if args.json.exists() else {}
+    data = {"versions": versions, "rows": [], "trained": known.get("trained", [])}
     # Seed by seed, so that a run that is cut short has every network.
     for seed in range(args.seeds):
         for name in args.networks.split(";"):

@@ -11,7 +11,8 @@ taken from it, ReLU cuts off a different part. With ``sigmas=3`` that is 0.13 % 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,6 +75,78 @@ def fold_batch_norms_(model: nn.Module, example_inputs: object) -> Statistics:
     return fold_captured_(model, capture(model, example_inputs, both=False))[0]
 
 
+@dataclass(frozen=True)
+class Fold:
+    """One batch norm that goes into the layer in front of it.
+
+    Attributes:
+        weight, bias: names of the layer's, the bias's as it will be.
+        has_bias: whether it has one already.
+        place: path of the batch norm.
+        factor: (O,), by which the rows of the weight are multiplied.
+        folded: (O,), the bias that the layer gets.
+        mean, deviation: (O,), of the layer's output as the batch norm says.
+    """
+
+    weight: str
+    bias: str
+    has_bias: bool
+    place: str
+    factor: Tensor
+    folded: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    @property
+    def host(self) -> str:
+        """Path of the layer."""
+        return self.weight.rpartition(".")[0]
+
+    def fold(self, rows: Tensor) -> Tensor:
+        """Some rows of the weight, folded, in their dtype; ``factor`` must be theirs."""
+        return (rows * self.factor.reshape(-1, *(1,) * (rows.dim() - 1))).to(rows.dtype)
+
+
+def find_folds(model: nn.Module, program: Program, value: Callable[[str], Tensor]) -> list[Fold]:
+    """The batch norms that can be folded.
+
+    Args:
+        value: the values of a parameter or buffer by its name; vectors alone are asked for.
+    """
+    graph = program.graphs[0]
+    reads = _reads(graph)
+    layers = _layers(graph, reads)
+    found = []
+    for call in graph.calls:
+        layer = layers.get(call["input"]) if is_batch_norm(call) else None
+        if layer is None or len(graph.uses[call["input"]]) > 1 or call["input"] in graph.leaving:
+            continue
+        place = _owner(model, graph, call, reads)
+        path = layer.weight.rpartition(".")[0]
+        host = model.get_submodule(path)
+        if place is None or (layer.bias is None and host._parameters.get("bias", 0) is not None):
+            continue
+        gamma, beta, mean, var = (_operand(graph, call[k], value) for k in _OPERANDS)
+        assert mean is not None and var is not None
+        gamma = torch.ones_like(mean) if gamma is None else gamma
+        beta = torch.zeros_like(mean) if beta is None else beta
+        bias = value(layer.bias).detach() if layer.bias else torch.zeros_like(mean)
+        factor = gamma / (var + epsilon(call)).sqrt()
+        name = layer.bias or ".".join(filter(None, [path, "bias"]))
+        one = Fold(
+            layer.weight,
+            name,
+            layer.bias is not None,
+            place,
+            factor,
+            folded=beta + (bias - mean) * factor,
+            mean=beta.clone(),
+            deviation=gamma.abs(),
+        )
+        found.append(one)
+    return found
+
+
 def fold_captured_(model: nn.Module, program: Program) -> tuple[Statistics, Program]:
     """:func:`fold_batch_norms_` of a model whose program is known.
 
@@ -81,53 +154,35 @@ def fold_captured_(model: nn.Module, program: Program) -> tuple[Statistics, Prog
         The statistics, and the program of the folded model: what a new capture would find but for
         the counters of batches, which nothing reads.
     """
-    graph = program.graphs[0]
     tensors: dict[str, Tensor] = {**program.parameters, **program.buffers}
-    layers = _layers(graph)
     # Everything is computed before anything is changed.
-    changes: list[tuple[Tensor, Tensor]] = []
-    added: list[tuple[nn.Module, nn.Parameter]] = []
-    replaced: list[str] = []
-    biases: dict[str, str] = {}
-    found: Statistics = {}
-    for call in graph.calls:
-        layer = layers.get(call["input"]) if is_batch_norm(call) else None
-        if layer is None or len(graph.uses[call["input"]]) > 1 or call["input"] in graph.leaving:
-            continue
-        place = _owner(model, graph, call)
-        host = model.get_submodule(layer.weight.rpartition(".")[0])
-        if place is None or (layer.bias is None and host._parameters.get("bias", 0) is not None):
-            continue
-        weight = program.parameters[layer.weight]
-        gamma, beta, mean, var = (_operand(graph, call[k], tensors) for k in _OPERANDS)
-        assert mean is not None and var is not None
-        gamma = torch.ones_like(mean) if gamma is None else gamma
-        beta = torch.zeros_like(mean) if beta is None else beta
-        bias = tensors[layer.bias].detach() if layer.bias else torch.zeros_like(mean)
-        factor = gamma / (var + epsilon(call)).sqrt()
-        folded = beta + (bias - mean) * factor
-        shaped = factor.reshape(-1, *(1,) * (weight.dim() - 1))
-        changes.append((weight, weight.detach() * shaped))
-        if layer.bias:
-            changes.append((tensors[layer.bias], folded))
-        else:
-            added.append((host, nn.Parameter(folded.to(weight.dtype), weight.requires_grad)))
-        replaced.append(place)
-        name = layer.bias or ".".join(filter(None, [layer.weight.rpartition(".")[0], "bias"]))
-        biases[layer.weight] = name
-        found[name] = (beta.clone(), gamma.abs())
+    folds = find_folds(model, program, tensors.__getitem__)
+    weights = [one.fold(program.parameters[one.weight].detach()) for one in folds]
     with torch.no_grad():
-        for tensor, value in changes:
-            tensor.copy_(value)
-    for host, parameter in added:
-        host.bias = parameter
-    for place in replaced:
-        parent, _, child = place.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Identity())
+        for one, weight in zip(folds, weights, strict=True):
+            program.parameters[one.weight].copy_(weight)
+            if one.has_bias:
+                tensors[one.bias].copy_(one.folded)
+    put_folded_(model, folds)
     parameters, buffers, aliases = named_tensors(model)
+    biases = {one.weight: one.bias for one in folds}
     graphs = tuple(_folded(g, biases, parameters) for g in program.graphs)
     named = replace(program, parameters=parameters, buffers=buffers, aliases=aliases)
-    return found, replace(named, graphs=graphs)
+    statistics = {one.bias: (one.mean, one.deviation) for one in folds}
+    return statistics, replace(named, graphs=graphs)
+
+
+def put_folded_(model: nn.Module, folds: Sequence[Fold]) -> None:
+    """Give layers without a bias theirs, and put ``nn.Identity`` in the place of batch norms."""
+    for one in folds:
+        host = model.get_submodule(one.host)
+        if not one.has_bias:
+            weight = host._parameters[one.weight.rpartition(".")[2]]
+            assert weight is not None
+            values = one.folded.to(weight.device, weight.dtype)
+            host.bias = nn.Parameter(values, weight.requires_grad)
+        parent, _, child = one.place.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
 
 
 def _folded(graph: Graph, biases: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Graph:
@@ -136,7 +191,7 @@ def _folded(graph: Graph, biases: Mapping[str, str], tensors: Mapping[str, Tenso
     ``biases``: name of the layer's weight -> of its bias; one that the graph does not know gets a
     symbol.
     """
-    layers = {s: one for s, one in _layers(graph).items() if one.weight in biases}
+    layers = {s: one for s, one in _layers(graph, _reads(graph)).items() if one.weight in biases}
     gone = {c: layers[c["input"]] for c in graph.calls if is_batch_norm(c) and c["input"] in layers}
     behind = {layer.call: norm for norm, layer in gone.items()}
     names = dict(graph.tensors)
@@ -217,7 +272,7 @@ def absorb_captured_(
 ) -> dict[str, int]:
     """:func:`absorb_biases_` of a model whose program is known."""
     graph, parameters = program.graphs[0], program.parameters
-    behind = _layers(graph)
+    behind = _layers(graph, _reads(graph))
     layers = {layer.bias: layer for layer in behind.values() if layer.bias}
     for name, (mean, deviation) in statistics.items():
         if name not in layers:
@@ -262,8 +317,8 @@ def _through(weight: Tensor, constant: Tensor) -> Tensor:
     return torch.einsum("goi,gi->go", parts, constant.reshape(groups, inputs)).reshape(-1)
 
 
-def _layers(graph: Graph) -> dict[Symbol, _Layer]:
-    """Output -> the layer that makes it."""
+def _layers(graph: Graph, reads: Mapping[str, int]) -> dict[Symbol, _Layer]:
+    """Output -> the layer that makes it. ``reads``: see :func:`_reads`."""
     found = {}
     for call in graph.calls:
         if call.name not in _LINEAR or call.arguments.get("transposed"):
@@ -273,13 +328,17 @@ def _layers(graph: Graph) -> dict[Symbol, _Layer]:
         names = [n for n in (name, other) if n is not None]
         if name is None or (bias is not None and other is None):
             continue
-        if _times_read(graph, names) == len(names):
+        if sum(reads[n] for n in names) == len(names):
             found[call.output] = _Layer(call, name, other)
     return found
 
 
-def _times_read(graph: Graph, names: Sequence[str]) -> int:
-    return sum(len(graph.uses.get(s, ())) for s, name in graph.tensors.items() if name in names)
+def _reads(graph: Graph) -> Counter[str]:
+    """Name of a tensor -> how many times it is read."""
+    found: Counter[str] = Counter()
+    for symbol, name in graph.tensors.items():
+        found[name] += len(graph.uses.get(symbol, ()))
+    return found
 
 
 def _readers(
@@ -307,17 +366,17 @@ def _readers(
     return found or None
 
 
-def _operand(graph: Graph, value: object, tensors: Mapping[str, Tensor]) -> Tensor | None:
+def _operand(graph: Graph, operand: object, value: Callable[[str], Tensor]) -> Tensor | None:
     """The parameter or buffer that a batch norm reads; None where it has none."""
-    return tensors[graph.tensors[value]].detach() if isinstance(value, Symbol) else None
+    return value(graph.tensors[operand]).detach() if isinstance(operand, Symbol) else None
 
 
-def _owner(model: nn.Module, graph: Graph, call: Call) -> str | None:
+def _owner(model: nn.Module, graph: Graph, call: Call, reads: Mapping[str, int]) -> str | None:
     """Path of the module whose only work is this batch norm, or None if there is none."""
     values = [call[k] for k in _OPERANDS if isinstance(call[k], Symbol)]
     names = [graph.tensors.get(v, "") for v in values]
     paths = {name.rpartition(".")[0] for name in names}
-    if len(names) < 2 or len(paths) != 1 or _times_read(graph, names) > len(names):
+    if len(names) < 2 or len(paths) != 1 or sum(reads[n] for n in names) > len(names):
         return None
     path = paths.pop()
     module = model.get_submodule(path)

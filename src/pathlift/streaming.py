@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pathlift.checkpoint import open_checkpoint
+from pathlift.checkpoint import Checkpoint, open_checkpoint
 from pathlift.condition import condition_home, understood
 from pathlift.criteria import Criterion, as_criterion
 from pathlift.homes.checkpoint import CheckpointHome, Progress
@@ -89,11 +89,26 @@ def condition_checkpoint(
     (True, 32)
     """
     settings = Settings(as_criterion(criterion), exact, solver, tol, verify=False)
-    weights, output = Path(weights), Path(output)
     report = progress or (lambda phase, done, total: None)
-    seconds: dict[str, float] = {}
     report("reading headers", 0, 0)
-    with open_checkpoint(weights) as checkpoint, Scratch(output.resolve().parent) as scratch:
+    with open_checkpoint(Path(weights)) as checkpoint:
+        return condition_opened(
+            build, example_inputs, checkpoint, Path(output), settings, batch_norm, report, {}
+        )
+
+
+def condition_opened(
+    build: Callable[[], nn.Module],
+    example_inputs: object,
+    checkpoint: Checkpoint,
+    output: Path,
+    settings: Settings,
+    batch_norm: str,
+    report: Progress,
+    seconds: dict[str, float],
+) -> ConditioningReport:
+    """:func:`condition_checkpoint` from an opened checkpoint; ``seconds`` go into the report."""
+    with Scratch(output.resolve().parent) as scratch:
         with timed(seconds, "capture"):
             home = CheckpointHome(build, checkpoint, output, scratch, report)
         known = understood(home, example_inputs, batch_norm, seconds)

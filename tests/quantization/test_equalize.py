@@ -20,6 +20,7 @@ from pathlift.quantization.layers import channel_axis, weights
 from pathlift.quantization.measure import measure
 from pathlift.quantization.objective import Errors, _Stage
 from pathlift.quantization.terms import input_scales, term
+from pathlift.quantization.trial import rounded_range
 from pathlift.symmetry.group import infer_group
 
 
@@ -50,8 +51,8 @@ def cnn(relu: type[nn.Module] = nn.ReLU) -> tuple[nn.Module, Tensor]:
     return randomise(model), torch.randn(6, 3, 9, 9)
 
 
-def transformer() -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
+def transformer(seed: int = 7) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(seed)
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
     return randomise(nn.Sequential(nn.Linear(4, 16), layer, nn.Linear(16, 3))), torch.randn(6, 7, 4)
 
@@ -95,6 +96,42 @@ def test_function_kept_and_error_as_predicted(make, per: str) -> None:
     assert after > before + 0.5
 
 
+def test_weights_stay_where_rounding_was_luckier_than_predicted() -> None:
+    """Of what is tried, what rounding harms least is applied; that may be nothing."""
+    model, x = transformer(seed=0)
+    made = copy.deepcopy(model)
+    report = equalize_(made, x, absorb=False)
+    assert not report.log2_scales.any() and report.sqnr_after == report.sqnr_before
+    assert report.measured_after == report.measured_before == max(report.tried)
+    assert all(torch.equal(t, state(made)[n]) for n, t in state(model).items())
+    assert "left as they were" in str(report)
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "int4"}, {"format": "float8_e4m3"}])
+@pytest.mark.parametrize("activations", [False, True])
+def test_what_is_measured(options: dict[str, str], activations: bool) -> None:
+    model, x = cnn()
+    made = copy.deepcopy(model)
+    calibration = {"activations": [x]} if activations else {}
+    report = equalize_(made, x, absorb=False, **calibration, **options)
+    assert report.measured_after == max(report.tried) >= report.measured_before
+    if not activations:
+        rounded = quantised(made, report.format, report.per)
+        power = float(model(x).detach().double().square().sum())
+        measured = 10 * math.log10(power / error(model, rounded, x))
+        assert measured == pytest.approx(report.measured_after, abs=1e-2)
+
+
+def test_rounded_inputs() -> None:
+    """Steps of the range, zero among the values, at most half a step of error."""
+    x = torch.linspace(-0.3, 1.0, 1001).reshape(7, -1)
+    for name, count in (("int8", 256), ("int4", 16)):
+        found = rounded_range(x, FORMATS[name])
+        step = 1.3 / (count - 1)
+        assert len(found.unique()) <= count and bool((found == 0).any())
+        assert float((found - x).abs().max()) <= 0.5001 * step
+
+
 def by_definition(weight: Tensor, g: Tensor, moved: Tensor, steps: float, per: str) -> float:
     """``sum over groups of (max |w'| / steps)^2 / 12 * sum G'`` in float64."""
     weight, g = weight.double() * 2**moved, g.double() * 2 ** (-2 * moved)
@@ -120,8 +157,8 @@ def test_terms_against_their_definition(per: str) -> None:
         )
         g = g.reshape(*g.shape, *(1,) * (weight.dim() - 2)).expand(weight.shape).clone()
         axis = 0 if per == "channel" else None
-        one = term(group, group.parameters[name], "weight", weight, g, steps=127, axis=axis)
-        found = Errors([one], group.num_scales).total(scales.numpy())
+        one = term(group.parameters[name], "weight", weight, g, steps=127, axis=axis)
+        found = Errors([one], group.basis).total(scales.numpy())
         shift = sum(moved.get(name, []), torch.zeros(()))
         expected = by_definition(weight, g, shift.expand(weight.shape), 127.0, per)
         # Sums of G have a thousandth of their mean added; grouped columns are no product.
@@ -133,19 +170,19 @@ def test_gradient_of_the_smoothed_sum() -> None:
     _, program = fold_captured_(model, capture(model, x, both=False))
     group = infer_group(program)
     names = [n for n, p in program.parameters.items() if p.dim() > 1]
-    found = measure(model, program, names, []).sensitivity
+    found = measure(model, program, [], names, []).sensitivity
     for axis in (None, 0):
         terms = [
-            term(group, group.parameters[n], "weight", program.parameters[n], g, steps=1, axis=axis)
+            term(group.parameters[n], "weight", program.parameters[n], g, steps=1, axis=axis)
             for n, g in found.items()
         ]
-        stage = _Stage(Errors(terms, group.num_scales), np.zeros(group.num_scales), 8.0)
+        stage = _Stage(Errors(terms, group.basis), 8.0)
         point = np.random.default_rng(0).normal(size=group.num_scales)
         _, gradient = stage(point)
         for k in range(0, group.num_scales, 5):
-            step = 1e-6 * np.eye(group.num_scales)[k]
-            slope = (stage(point + step)[0] - stage(point - step)[0]) / 2e-6
-            assert gradient[k] == pytest.approx(slope, rel=1e-4, abs=1e-7)
+            step = 1e-3 * np.eye(group.num_scales)[k]
+            slope = (stage(point + step)[0] - stage(point - step)[0]) / 2e-3
+            assert gradient[k] == pytest.approx(slope, rel=2e-3, abs=1e-5)
 
 
 def test_sensitivities_against_derivatives() -> None:
@@ -153,7 +190,7 @@ def test_sensitivities_against_derivatives() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).eval(), torch.randn(4, 3)
     program = capture(model, x, both=False)
-    found = measure(model, program, ["0.weight", "2.bias"], [as_inputs(x)])
+    found = measure(model, program, list(weights(model)), ["0.weight", "2.bias"], [as_inputs(x)])
     expected = torch.zeros(4, 3)
     for row in x:  # one output: every sign gives the same square
         (gradient,) = torch.autograd.grad(model(row[None]).sum(), [model[0].weight])
@@ -228,7 +265,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("step", ["rescale_", "_report", "absorb_captured_"])
+@pytest.mark.parametrize("step", ["apply_best_", "_report", "absorb_captured_"])
 def test_all_or_nothing(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = cnn(nn.ReLU6)
     before, names = state(model), [type(m) for m in model.modules()]

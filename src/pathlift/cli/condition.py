@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from argparse import BooleanOptionalAction
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ def run(args: Any) -> dict[str, Any]:
     options = _checked(args)
     lines = Lines()
     try:
-        report = streamed(args, options, lines) if args.stream else _whole(args, options, lines)
+        report = _streamed(args, options, lines) if args.stream else _whole(args, options, lines)
     finally:
         lines.close()
     return written(args, report, [])
@@ -113,13 +113,19 @@ def _whole(args: Any, options: dict[str, Any], lines: Lines) -> ConditioningRepo
     return report
 
 
-def streamed(args: Any, options: dict[str, Any], lines: Lines) -> ConditioningReport:
-    """The command from file to file."""
-    from pathlift.cli.models import built, example
+def _streamed(args: Any, options: dict[str, Any], lines: Lines) -> ConditioningReport:
     from pathlift.streaming import condition_checkpoint
 
+    report: ConditioningReport = streamed(condition_checkpoint, args, options, lines)
+    return report
+
+
+def streamed(work: Callable[..., Any], args: Any, options: dict[str, Any], lines: Lines) -> Any:
+    """A command from file to file; ``work`` is called as ``condition_checkpoint`` is."""
+    from pathlift.cli.models import built, example
+
     _return_freed_memory()
-    return condition_checkpoint(
+    return work(
         lambda: built(args),
         tuple(example(text) for text in args.input),
         args.weights,

@@ -17,7 +17,10 @@ ABOUT = "Prepare a model for quantisation and write its weights."
 NOISE = (
     "sensitivities were measured on standard normal inputs; typical ones (--examples) serve better"
 )
-STREAMED = "ranges were equalised; nothing was folded or absorbed, no error was predicted"
+STREAMED = (
+    "ranges were equalised and not the error at the output; scales were not tried out and no bias "
+    "was absorbed, for which the model must be in memory"
+)
 # What streaming does not do, by the name of the option.
 _WHOLE = {"--relu6": "relu6", "--examples": "examples", "--per": "per", "--format": "format"}
 
@@ -48,7 +51,7 @@ def add_arguments(parser: Any) -> None:
     add(
         "--stream",
         action="store_true",
-        help="equalise ranges tensor by tensor, for weights that do not fit in memory",
+        help="fold and equalise ranges tensor by tensor, for weights that do not fit in memory",
     )
 
 
@@ -97,12 +100,14 @@ def _streamed(args: Any, lines: Lines) -> Any:
     for option, name in _WHOLE.items():
         if getattr(args, name) is not None:
             raise ArgumentError(
-                f"{option} needs the model in memory; --stream equalises ranges alone. Leave out "
-                f"one of them."
+                f"{option} needs the model in memory; --stream folds batch norms and equalises "
+                f"ranges alone. Leave out one of them."
             )
     if args.weights is None:
         raise ArgumentError("--stream reads weights as they are needed. Add --weights PATH.")
-    return streamed(args, {"criterion": "range"}, lines)
+    from pathlift.quantization import equalize_checkpoint
+
+    return streamed(equalize_checkpoint, args, {"fold": not args.no_fold}, lines)
 
 
 def _noise(inputs: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from pathlift.quantization.equalize import equalize_
 from pathlift.quantization.formats import FORMATS, Format
 from pathlift.quantization.layers import quantised
 from pathlift.quantization.report import EqualizationReport, LayerRow, LayerTable
+from pathlift.quantization.streaming import StreamedReport, equalize_checkpoint
 
 __all__ = [
     "FORMATS",
@@ -13,6 +14,8 @@ __all__ = [
     "Format",
     "LayerRow",
     "LayerTable",
+    "StreamedReport",
     "equalize_",
+    "equalize_checkpoint",
     "quantised",
 ]

@@ -20,22 +20,17 @@ from pathlift.capture.model import capture
 from pathlift.capture.names import check_model, named_tensors
 from pathlift.capture.program import Inputs, Program
 from pathlift.errors import ArgumentError, VerificationError
-from pathlift.homes.snapshot import Snapshot
 from pathlift.quantization.bounded import free_relu6_
 from pathlift.quantization.formats import format_of
-from pathlift.quantization.layers import (
-    channel_axis,
-    checked_target,
-    weights,
-)
-from pathlift.quantization.measure import measure, run
+from pathlift.quantization.layers import Weight, channel_axis, checked_target, weights
+from pathlift.quantization.measure import measure, run, squared_error
 from pathlift.quantization.report import EqualizationReport, LayerRow, Spread, spread_of
-from pathlift.quantization.search import Asked, Search, bounds, names_of
+from pathlift.quantization.search import Asked, bounds, names_of, search
 from pathlift.quantization.terms import Term
+from pathlift.quantization.trial import apply_best_
 from pathlift.solve.matrix import Array
 from pathlift.surroundings import apart
 from pathlift.symmetry.group import infer_group
-from pathlift.tensors.rescale import rescale_
 from pathlift.tensors.shards import is_sharded
 from pathlift.timing import timed
 from pathlift.verify import excess, largest_change
@@ -44,6 +39,8 @@ from pathlift.verify import excess, largest_change
 _SLACK = 100.0
 # Absorbing biases may cost this part of the quantisation's own error, else it is taken back.
 _ABSORBED = 0.1
+# What a module holds; nothing else of it is changed.
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 @apart
@@ -73,11 +70,15 @@ def equalize_(
     over all tensors is convex in s. Last, what pre-activations exceed zero by almost always is
     moved from a layer's bias into the next ones' (:mod:`pathlift.absorption`).
 
+    What rounding then really makes of the outputs on the example inputs is measured, without the
+    scales and with them; they are applied only if it is less, and the report has both figures.
+
     Args:
         model: in evaluation mode, the only one that is looked at: what runs in training mode alone
             (auxiliary heads) is not rescaled with the rest.
         example_inputs: one batch as forward takes it. Its values matter: sensitivities are measured
-            on its first samples (4; up to 16 of a small model), and a few typical ones are enough.
+            on its first samples (2 to 8, of small models more; twice as many for int4), and a few
+            typical ones are enough.
         fold: fold batch norms.
         biases: ``"shrink"`` or ``"ignore"``. Biases are not quantised, but a layer's output ranges
             over its bias at least. ``"shrink"`` counts, for each quantised layer, the error of
@@ -149,17 +150,19 @@ def _equalized(
             folded, program = fold_captured_(model, program)
     with timed(seconds, "symmetry"):
         group = infer_group(program)
+    found = list(weights(model))
     with timed(seconds, "measure"):
-        names = names_of(model, group)
-        measured = measure(model, program, names, batches)
+        names, times = names_of(found, group), 2 if asked.coarse else 1
+        measured = measure(model, program, found, names, batches, times)
     with timed(seconds, "solve"):
-        search = Search(model, program, group, measured, asked)
-        scales = search.least(*bounds(program, group), before)
-        first, last = (search.errors(s) for s in (np.zeros_like(scales), scales))
-        each = first.each(np.zeros_like(scales)), last.each(scales)
-    spreads = {n: spread_of(p, channel_axis(m)) for n, m, p in weights(model)}
-    with timed(seconds, "apply"):
-        rescale_({**program.buffers, **program.parameters}, group.factors(scales))
+        result = search(found, group, measured, asked, bounds(program, group))
+    spreads = {one.name: spread_of(one.parameter, channel_axis(one.module)) for one in found}
+    with timed(seconds, "try"):
+        scales, tried = apply_best_(
+            model, found, program, group, result.scales, before, asked, bool(measured.inputs)
+        )
+        errors = result.errors(scales)
+        each = result.errors(result.scales[0]).each(result.scales[0]), errors.each(scales)
     with timed(seconds, "verify"):
         after = run(model, program.inputs)
         change = _checked_change(before, after)
@@ -170,16 +173,17 @@ def _equalized(
         if asked.absorb and moved:
             absorbed, change_absorbed = _absorbed(model, program, moved, after, noise)
     return _report(
-        model=model,
+        found=found,
         asked=asked,
-        terms=first.terms,
+        terms=errors.terms,
         each=each,
         scales=scales,
         power=measured.power,
         spreads=spreads,
         counts=(len(folded), replaced, absorbed),
         changes=(change, change_absorbed, change_relu6),
-        evaluations=search.evaluations,
+        tried=[decibels(_power(before), error) for error in tried],
+        evaluations=result.evaluations,
         seconds=seconds,
     )
 
@@ -199,6 +203,10 @@ def _relative(before: list[Tensor], after: list[Tensor]) -> float:
     return largest_change([before], [after]) / size if size else 0.0
 
 
+def _power(outputs: Sequence[Tensor]) -> float:
+    return sum(float(t.double().square().sum()) for t in outputs)
+
+
 def _absorbed(
     model: nn.Module, program: Program, statistics: Statistics, before: list[Tensor], noise: float
 ) -> tuple[int, float]:
@@ -208,11 +216,7 @@ def _absorbed(
     if not count:
         return 0, 0.0
     after = run(model, program.inputs)
-    power = sum(float(t.double().square().sum()) for t in before)
-    gap = sum(
-        float((a.double() - b.double()).square().sum()) for a, b in zip(before, after, strict=True)
-    )
-    if gap <= _ABSORBED * noise * power:
+    if squared_error(before, after) <= _ABSORBED * noise * _power(before):
         return count, _relative(before, after)
     with torch.no_grad():
         for name, values in kept.items():
@@ -222,7 +226,7 @@ def _absorbed(
 
 def _report(
     *,
-    model: nn.Module,
+    found: Sequence[Weight],
     asked: Asked,
     terms: Sequence[Term],
     each: tuple[Array, Array],
@@ -231,6 +235,7 @@ def _report(
     spreads: dict[str, Spread],
     counts: tuple[int, int, int],
     changes: tuple[float, float, float],
+    tried: list[float],
     evaluations: int,
     seconds: dict[str, float],
 ) -> EqualizationReport:
@@ -238,12 +243,12 @@ def _report(
     counted = np.asarray([t.kind != "bias" for t in terms], dtype=bool)
     rows = []
     by_name = {t.name: k for k, t in enumerate(terms) if t.kind == "weight"}
-    for name, module, parameter in weights(model):
-        if name in by_name:
-            k = by_name[name]
-            now = spread_of(parameter, channel_axis(module))
+    for one in found:
+        if one.name in by_name:
+            k = by_name[one.name]
+            now = spread_of(one.parameter, channel_axis(one.module))
             pair = decibels(power, first[k]), decibels(power, last[k])
-            rows.append(LayerRow(name, spreads[name], now, *pair))
+            rows.append(LayerRow(one.name, spreads[one.name], now, *pair))
     return EqualizationReport(
         format=asked.format.name,
         per=asked.per,
@@ -253,6 +258,9 @@ def _report(
         absorbed=counts[2],
         sqnr_before=decibels(power, float(first[counted].sum())),
         sqnr_after=decibels(power, float(last[counted].sum())),
+        measured_before=tried[0],
+        measured_after=max(tried),
+        tried=tuple(tried),
         change=changes[0],
         change_absorbed=changes[1],
         change_relu6=changes[2],
@@ -271,14 +279,19 @@ def decibels(power: float, error: float) -> float:
 @contextmanager
 def _restored_on_failure(model: nn.Module) -> Iterator[None]:
     """The model with its modules, parameters and buffers as they were, if anything fails."""
-    parameters = named_tensors(model)[0]
-    values = {n: p.detach().clone() for n, p in parameters.items()}
-    snapshot = Snapshot(model)
+    held = [(m, [dict(getattr(m, n)) for n in _REGISTRIES]) for m in model.modules()]
+    tensors = [t for _, (own, buffers, _) in held for t in (*own.values(), *buffers.values())]
+    known = {id(t): t for t in tensors if t is not None}
+    values = [(t, t.detach().clone()) for t in known.values()]
     try:
         yield
     except BaseException:
-        snapshot.restore()
+        for module, kept in held:
+            for name, entries in zip(_REGISTRIES, kept, strict=True):
+                registry = getattr(module, name)
+                registry.clear()
+                registry.update(entries)
         with torch.no_grad():
-            for name, value in values.items():
-                parameters[name].copy_(value)
+            for tensor, value in values:
+                tensor.copy_(value)
         raise

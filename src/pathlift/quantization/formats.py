@@ -8,6 +8,7 @@ exponent and three of mantissa (largest value 448, smallest step 2^-9) and one f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,15 +44,18 @@ class Format:
         """
         wide = values.detach().float() if values.dtype.itemsize < 4 else values.detach()
         others = [d for d in range(wide.dim()) if d != axis]
-        size = wide.abs()
-        top = size.max() if axis is None or not wide.dim() else size.amax(others, keepdim=True)
-        top = torch.where(top > 0, top, torch.ones_like(top))
+        if axis is None or not wide.dim():
+            low, high = wide.aminmax()
+            top: Any = max(-float(low), float(high)) or 1.0
+        else:
+            top = torch.maximum(-wide.amin(others, keepdim=True), wide.amax(others, keepdim=True))
+            top = torch.where(top > 0, top, torch.ones_like(top))
         if self.relative:
             unit = top / _E4M3_LARGEST
             found = (wide / unit).to(torch.float8_e4m3fn).to(wide.dtype) * unit
         else:
             step = top / self.steps
-            found = (wide / step).round().clamp(-self.steps, self.steps) * step
+            found = (wide / step).round_().mul_(step)
         return found.to(values.dtype)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,27 @@ def checked_target(per: object) -> str:
     return per
 
 
-def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """Name, module and parameter of every weight that is quantised, each parameter once.
+class Weight(NamedTuple):
+    """A weight that is quantised, and the module that holds it."""
+
+    name: str
+    module: nn.Module
+    parameter: nn.Parameter
+
+    @property
+    def bias(self) -> str:
+        """Name of the bias beside it; empty where there is none."""
+        if not isinstance(self.module._parameters.get("bias"), Tensor):
+            return ""
+        return f"{self.name.rpartition('.')[0]}.bias".lstrip(".")
+
+    def axis(self, per: str) -> int | None:
+        """The dimension along which every slice has a step of its own; None: one for all."""
+        return channel_axis(self.module) if per == "channel" else None
+
+
+def weights(model: nn.Module) -> Iterator[Weight]:
+    """Every weight that is quantised, each parameter once.
 
     These are the floating-point parameters of two dimensions or more that are called ``weight``
     or have it in their name (``in_proj_weight``, ``weight_ih_l0``); biases and tables of
@@ -43,7 +63,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
                 continue
             if parameter.dim() > 1 and parameter.is_floating_point():
                 seen.add(id(parameter))
-                yield f"{path}.{name}" if path else name, module, parameter
+                yield Weight(f"{path}.{name}" if path else name, module, parameter)
 
 
 def channel_axis(module: nn.Module) -> int:
@@ -67,17 +87,12 @@ def quantised(model: nn.Module, format: str = "int8", per: str = "tensor") -> nn
     """
     chosen, target = format_of(format), checked_target(per)
     made = copy.deepcopy(check_model(model))
-    parameters = dict(made.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, values in rounded_weights(made, chosen, target).items():
-            parameters[name].copy_(values)
+        for one in weights(made):
+            one.parameter.copy_(chosen.rounded(one.parameter, one.axis(target)))
     return made
 
 
-def rounded_weights(model: nn.Module, format: Format, per: str) -> dict[str, Tensor]:
+def rounded_weights(found: Iterable[Weight], format: Format, per: str) -> dict[str, Tensor]:
     """Name -> values of every weight, rounded."""
-    found = {}
-    for name, module, parameter in weights(model):
-        axis = channel_axis(module) if per == "channel" else None
-        found[name] = format.rounded(parameter, axis)
-    return found
+    return {one.name: format.rounded(one.parameter, one.axis(per)) for one in found}

@@ -7,7 +7,7 @@ at the output gives ``(d u.out / d theta_i)^2``, whose expectation over u is tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +20,12 @@ from torch.utils import _pytree as pytree
 from pathlift.capture.inputs import tensors_in
 from pathlift.capture.program import Inputs, Program
 from pathlift.errors import ArgumentError
-from pathlift.quantization.layers import Convolution, weights
+from pathlift.quantization.layers import Convolution, Weight
 from pathlift.surroundings import plain_arithmetic
 
 # Samples of the example inputs that sensitivities are averaged over: fewest and most, and how many
-# derivatives are affordable in all.
-_FEWEST, _MOST, _AFFORDABLE = 4, 16, 1 << 24
+# derivatives are affordable in all. Where steps are few, twice as many of each.
+_FEWEST, _MOST, _AFFORDABLE = 2, 8, 1 << 23
 
 
 @dataclass
@@ -66,7 +66,10 @@ def run(
     ``instead``: values for some of its parameters.
     """
     with torch.no_grad(), _running(model):
-        out = functional_call(model, dict(instead or {}), inputs.args, inputs.kwargs)
+        if instead:
+            out = functional_call(model, dict(instead), inputs.args, inputs.kwargs)
+        else:
+            out = model(*inputs.args, **inputs.kwargs)
         return [t.detach().clone() for t in _floats(out)]
 
 
@@ -80,10 +83,10 @@ def _floats(out: Any) -> list[Tensor]:
     return [t for t in tensors_in(out) if t.is_floating_point()]
 
 
-def samples_of(inputs: Inputs, batch: int | None, entries: int) -> list[Inputs]:
+def samples_of(inputs: Inputs, batch: int | None, entries: int, times: int = 1) -> list[Inputs]:
     """The first samples of a batch, one by one; the whole where samples can't be told apart.
 
-    4 of them for a model of many ``entries``, up to 16 for a small one.
+    2 of them for a model of many ``entries``, up to 8 for a small one; ``times`` as many.
     """
     if batch is None:
         return [inputs]
@@ -92,7 +95,8 @@ def samples_of(inputs: Inputs, batch: int | None, entries: int) -> list[Inputs]:
         return tensor[k : k + 1] if tensor.dim() and tensor.shape[0] == batch else tensor
 
     found = []
-    for k in range(min(batch, max(_FEWEST, min(_MOST, _AFFORDABLE // max(entries, 1))))):
+    number = times * max(_FEWEST, min(_MOST, _AFFORDABLE // max(entries, 1)))
+    for k in range(min(batch, number)):
         pick = lambda t, k=k: one(t, k)  # noqa: E731
         args, kwargs = pytree.tree_map_only(Tensor, pick, (inputs.args, inputs.kwargs))
         found.append(Inputs(args, kwargs))
@@ -100,31 +104,39 @@ def samples_of(inputs: Inputs, batch: int | None, entries: int) -> list[Inputs]:
 
 
 def measure(
-    model: nn.Module, program: Program, names: Sequence[str], calibration: Sequence[Inputs]
+    model: nn.Module,
+    program: Program,
+    found: Sequence[Weight],
+    names: Sequence[str],
+    calibration: Sequence[Inputs],
+    times: int = 1,
 ) -> Measured:
     """Sensitivities of the named parameters on the example inputs; with calibration, of inputs too.
 
     Args:
         model: in evaluation mode; left as it was.
         program: of the model as it is.
+        found: its weights.
         names: parameters.
         calibration: batches over which the ranges of layers' inputs are taken; none: layers'
             inputs are not looked at.
+        times: as many samples as otherwise.
     """
-    found = Measured()
+    measured = Measured()
+    layers = layers_of(found) if calibration else []
     entries = sum(program.parameters[n].numel() for n in names)
-    samples = samples_of(program.inputs, program.graphs[0].batch, entries)
+    samples = samples_of(program.inputs, program.graphs[0].batch, entries, times)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad(), _running(model):
         leaves = {n: program.parameters[n].detach().requires_grad_() for n in names}
         for sample in samples:
-            _add_sample(model, leaves, sample, generator, bool(calibration), found)
-    found.power /= len(samples)
-    for gradient in found.sensitivity.values():
+            _add_sample(model, leaves, sample, generator, layers, measured)
+    measured.power /= len(samples)
+    for gradient in measured.sensitivity.values():
         gradient /= len(samples)
     spans: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in calibration:
-        with torch.no_grad(), _running(model), _inputs(model) as seen:
+        with torch.no_grad(), _running(model), _inputs(layers) as seen:
             model(*batch.args, **batch.kwargs)
         for name, x, axis in seen:
             low, high = _span(x, axis)
@@ -132,9 +144,9 @@ def measure(
                 low, high = torch.minimum(low, spans[name][0]), torch.maximum(high, spans[name][1])
             spans[name] = low, high
     for name, (low, high) in spans.items():
-        if name in found.inputs:
-            found.inputs[name] = found.inputs[name][0] / len(samples), high - low
-    return found
+        if name in measured.inputs:
+            measured.inputs[name] = measured.inputs[name][0] / len(samples), high - low
+    return measured
 
 
 def _add_sample(
@@ -142,17 +154,17 @@ def _add_sample(
     leaves: dict[str, Tensor],
     sample: Inputs,
     generator: torch.Generator,
-    activations: bool,
+    layers: Sequence[Weight],
     found: Measured,
 ) -> None:
-    with _inputs(model) as seen:
+    with _inputs(layers) as seen:
         out = _floats(functional_call(model, dict(leaves), sample.args, sample.kwargs))
     if not all(bool(torch.isfinite(t).all()) for t in out):
         raise ArgumentError(
             "the model's outputs on the example inputs are not all finite. Pass example inputs as "
             "the model gets them in use; their values are measured."
         )
-    live = [(n, x, axis) for n, x, axis in seen if x.requires_grad] if activations else []
+    live = [(n, x, axis) for n, x, axis in seen if x.requires_grad]
     signs = [
         (torch.randint(0, 2, t.shape, generator=generator) * 2 - 1).to(t.device, t.dtype)
         for t in out
@@ -164,10 +176,11 @@ def _add_sample(
     gradients = torch.autograd.grad(probe, wanted, allow_unused=True)
     found.power += sum(float(t.detach().double().square().sum()) for t in out)
     for name, gradient in zip(leaves, gradients, strict=False):
-        square = torch.zeros_like(leaves[name]) if gradient is None else gradient.square()
-        square = square.detach().float()
-        known = found.sensitivity.get(name)
-        found.sensitivity[name] = square if known is None else known.add_(square)
+        if name not in found.sensitivity:
+            found.sensitivity[name] = torch.zeros_like(leaves[name], dtype=torch.float32)
+        if gradient is not None:
+            slope = gradient.detach().float()
+            found.sensitivity[name].addcmul_(slope, slope)
     for (name, _, axis), gradient in zip(live, gradients[len(leaves) :], strict=True):
         if gradient is not None:
             others = [d for d in range(gradient.dim()) if d != axis % gradient.dim()]
@@ -182,27 +195,44 @@ def _span(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return values.amin(others).clamp(max=0), values.amax(others).clamp(min=0)
 
 
+def layers_of(found: Sequence[Weight]) -> list[Weight]:
+    """The linear layers and convolutions, whose inputs are quantised where activations are."""
+    return [w for w in found if type(w.module) is nn.Linear or isinstance(w.module, Convolution)]
+
+
 @contextmanager
-def _inputs(model: nn.Module) -> Iterator[list[tuple[str, Tensor, int]]]:
-    """Collects (weight name, input, channel dimension) of every linear layer and convolution."""
+def _inputs(layers: Sequence[Weight]) -> Iterator[list[tuple[str, Tensor, int]]]:
+    """Collects (weight name, input, channel dimension) of these layers."""
     seen: list[tuple[str, Tensor, int]] = []
+
+    def note(one: Weight, x: Tensor) -> None:
+        seen.append((one.name, x, 1 if isinstance(one.module, Convolution) else -1))
+
+    with watched(layers, note):
+        yield seen
+
+
+@contextmanager
+def watched(
+    layers: Sequence[Weight], see: Callable[[Weight, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """``see`` gets every input of these layers; what it returns takes the input's place."""
     hooks = []
 
-    def watch(module: nn.Module, name: str) -> None:
-        axis = 1 if isinstance(module, Convolution) else -1
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def watch(one: Weight) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             x = args[0] if args else None
-            if isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point():
-                seen.append((name, x, axis))
+            if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
+                return None
+            now = see(one, x)
+            return None if now is None else (now, *args[1:])
 
-        hooks.append(module.register_forward_pre_hook(hook))
+        hooks.append(one.module.register_forward_pre_hook(hook))
 
-    for name, module, _ in weights(model):
-        if type(module) is nn.Linear or isinstance(module, Convolution):
-            watch(module, name)
+    for one in layers:
+        watch(one)
     try:
-        yield seen
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,27 +2,36 @@
 
 Largest magnitudes are smoothed: ``max_i x_i`` is taken for ``(sum_i x_i^q)^(1/q)``, with q rising
 in stages, each stage started where the last one ended. Every stage is convex and smooth, and one
-evaluation is two products with every matrix of magnitudes.
+evaluation is two products with every matrix of magnitudes, which are float32; everything else is
+float64.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, sparse
+from scipy import sparse
 
-from pathlift.quantization.terms import Term
+from pathlift.quantization.descent import Curvature, descend
+from pathlift.quantization.terms import Forms, Term
 from pathlift.solve.matrix import Array
 from pathlift.solve.problem import LN2
 
+_Single = NDArray[np.float32]
+
 # Orders of the norms that stand for maxima, and iterations for each.
-STAGES = ((8.0, 30), (32.0, 40))
+STAGES = ((8.0, 20), (32.0, 25))
 # Pull towards no scale, per scale squared: it decides where nothing else does.
 _PULL = 1e-4
 # Log2 of the largest magnitude of nothing but zeros.
 _NOTHING = -500.0
+# Log2 of how far q-th powers may move before the matrices are made anew, of what is taken for 0
+# beside the largest (it stays small, wherever rows and columns move until then), and of what is
+# taken for 0 of slopes. No product of these is subnormal in float32, which would be slow.
+_FAR, _SMALLEST, _FLAT = 35.0, -80.0, -40.0
 
 
 class Errors:
@@ -32,36 +41,40 @@ class Errors:
 
     Args:
         terms: of the quantised tensors.
-        num_scales: of the group.
+        basis: of the group, ``(variables, num_scales)``.
     """
 
-    def __init__(self, terms: Sequence[Term], num_scales: int) -> None:
-        self.terms = tuple(terms)
-        self.num_scales = num_scales
-        empty = sparse.csr_array((0, num_scales))
-        self._rows = sparse.csr_array(sparse.vstack([empty, *(t.rows for t in self.terms)], "csr"))
-        self._columns = sparse.csr_array(
-            sparse.vstack([empty, *(t.columns for t in self.terms)], "csr")
-        )
+    def __init__(self, terms: Sequence[Term], basis: sparse.csr_array) -> None:
+        self.num_scales: int = basis.shape[1]
+        self._rows = _exponents([t.rows for t in terms], basis)
+        self._columns = _exponents([t.columns for t in terms], basis)
         self._rows_t = sparse.csr_array(self._rows.T.tocsr())
         self._columns_t = sparse.csr_array(self._columns.T.tocsr())
-        self._row_ends = np.cumsum([0, *(len(t.by_row) for t in self.terms)])
-        self._column_ends = np.cumsum([0, *(len(t.by_column) for t in self.terms)])
-        first = np.cumsum([0, *(t.groups for t in self.terms)])
-        counts = [t.groups for t in self.terms]
+        self._row_ends = np.cumsum([0, *(len(t.by_row) for t in terms)])
+        self._column_ends = np.cumsum([0, *(len(t.by_column) for t in terms)])
+        first = np.cumsum([0, *(t.groups for t in terms)])
+        counts = [t.groups for t in terms]
         self._groups = int(first[-1])
-        self._group = _joined(
-            [t.group + k for t, k in zip(self.terms, first, strict=False)]
-        ).astype(np.int64)
-        self._term = np.repeat(np.arange(len(self.terms)), counts)
-        self._column_term = np.repeat(np.arange(len(self.terms)), np.diff(self._column_ends))
-        self._by_row = _joined([t.by_row for t in self.terms])
-        totals = [float(t.by_column.sum()) or 1.0 for t in self.terms]
-        self._by_column = _joined(
-            [t.by_column / n for t, n in zip(self.terms, totals, strict=True)]
+        self._group = _joined([t.group + k for t, k in zip(terms, first, strict=False)]).astype(
+            np.int64
         )
-        self._floor = np.repeat([t.floor for t in self.terms], counts)
-        self._fixed = np.asarray([t.fixed for t in self.terms], dtype=np.float64)
+        self._term = np.repeat(np.arange(len(terms)), counts)
+        self._column_term = np.repeat(np.arange(len(terms)), np.diff(self._column_ends))
+        self._floor = np.repeat([t.floor for t in terms], counts)
+        self._take(terms)
+
+    def _take(self, terms: Sequence[Term]) -> None:
+        self.terms = tuple(terms)
+        self._by_row = _joined([t.by_row for t in terms])
+        totals = [float(t.by_column.sum()) or 1.0 for t in terms]
+        self._by_column = _joined([t.by_column / n for t, n in zip(terms, totals, strict=True)])
+        self._fixed = np.asarray([t.fixed for t in terms], dtype=np.float64)
+
+    def replaced(self, terms: Sequence[Term]) -> Errors:
+        """The errors with other sums of G, from the same tensors."""
+        made = copy.copy(self)
+        made._take(terms)
+        return made
 
     def each(self, scales: Array) -> Array:
         """Per term, its error at ``scales`` ``(num_scales,)``, by its definition."""
@@ -75,19 +88,15 @@ class Errors:
         """The sum over all terms."""
         return float(self.each(scales).sum())
 
-    def least(self, start: Array, lower: Array, upper: Array) -> tuple[Array, int]:
+    def least(
+        self, start: Array, lower: Array, upper: Array, stages: Sequence[tuple[float, int]] = STAGES
+    ) -> tuple[Array, int]:
         """The scales within the bounds at which the sum is least, and the evaluations it took."""
-        point, evaluations = np.clip(start, lower, upper), 0
-        for q, iterations in STAGES:
-            found = optimize.minimize(
-                _Stage(self, point, q),
-                point,
-                jac=True,
-                method="L-BFGS-B",
-                bounds=optimize.Bounds(lower, upper),
-                options={"maxiter": iterations, "maxcor": 12, "ftol": 1e-6, "gtol": 1e-9},
-            )
-            point, evaluations = np.asarray(found.x), evaluations + int(found.nfev)
+        point, evaluations, curvature = np.clip(start, lower, upper), 0, Curvature()
+        for q, iterations in stages:
+            stage = _Stage(self, q)
+            point, more = descend(stage, point, lower, upper, iterations, curvature)
+            evaluations += more
         return point, evaluations
 
     def _tops(self, row: Array, column: Array) -> Array:
@@ -97,10 +106,13 @@ class Errors:
         np.maximum.at(tops, self._group, _joined(largest))
         return tops
 
-    def _logs(self, k: int, row: Array, column: Array) -> Array:
+    def _logs(self, k: int, row: Array, column: Array) -> _Single:
         """Log2 of the magnitudes of a term, moved."""
-        rows = row[self._row_ends[k] : self._row_ends[k + 1], None]
-        return self.terms[k].logs + rows + column[self._column_ends[k] : self._column_ends[k + 1]]
+        rows = row[self._row_ends[k] : self._row_ends[k + 1], None].astype(np.float32)
+        columns = column[self._column_ends[k] : self._column_ends[k + 1]].astype(np.float32)
+        found = self.terms[k].logs + rows
+        found += columns
+        return found
 
     def _weights(
         self, row: Array, column: Array
@@ -114,35 +126,50 @@ class Errors:
 
 
 class _Stage:
-    """The log of the smoothed sum and its gradient, for one q, around one point."""
+    """The log of the smoothed sum and its gradient, for one q.
 
-    def __init__(self, errors: Errors, centre: Array, q: float) -> None:
+    Powers are relative to the largest of a group at a point nearby; where that lies changes
+    rounding, not the function.
+    """
+
+    def __init__(self, errors: Errors, q: float) -> None:
         self.errors, self.q = errors, q
-        self.row, self.column = errors._rows @ centre, errors._columns @ centre
-        self.tops = errors._tops(self.row, self.column)
-        tops = self.tops[errors._group]
+        self.row = self.column = np.full(1, np.inf)
+
+    def _move(self, row: Array, column: Array) -> None:
+        """Make the matrices around a point."""
+        errors, q = self.errors, self.q
+        self.row, self.column = row, column
+        logs = [errors._logs(k, row, column) for k in range(len(errors.terms))]
+        self.tops = np.full(errors._groups, _NOTHING)
+        np.maximum.at(self.tops, errors._group, _joined([one.max(axis=1) for one in logs]))
+        tops = self.tops[errors._group].astype(np.float32)
         self.constant = np.zeros(len(tops))
         # Terms of one column, which nothing scales, have no product.
-        self.matrices: list[tuple[slice, slice, Array]] = []
-        for k, one in enumerate(errors.terms):
+        self.matrices: list[tuple[slice, slice, _Single]] = []
+        for k, matrix in enumerate(logs):
             rows = slice(errors._row_ends[k], errors._row_ends[k + 1])
             columns = slice(errors._column_ends[k], errors._column_ends[k + 1])
-            logs = errors._logs(k, self.row, self.column) - tops[rows, None]
-            if one.columns.nnz:
-                self.matrices.append((rows, columns, np.exp2(q * logs)))
+            matrix -= tops[rows, None]
+            matrix *= q
+            matrix[matrix < _SMALLEST] = -np.inf
+            np.exp2(matrix, out=matrix)
+            if len(errors.terms[k].columns.coefficients):
+                self.matrices.append((rows, columns, matrix))
             else:
-                self.constant[rows] = np.exp2(q * logs).sum(1)
+                self.constant[rows] = matrix.sum(1)
 
     def __call__(self, point: Array) -> tuple[float, Array]:
         errors, q = self.errors, self.q
         row, column = errors._rows @ point, errors._columns @ point
-        # 2^(q step) stays within the range of float64.
-        most = 450.0 / q
-        up_row = np.exp2(q * np.clip(row - self.row, -most, most))
-        up_column = np.exp2(q * np.clip(column - self.column, -most, most))
+        if q * max(_distance(row, self.row), _distance(column, self.column)) > _FAR:
+            self._move(row, column)
+        up_row = np.exp2(q * (row - self.row))
+        up_column = np.exp2(q * (column - self.column))
+        single = up_column.astype(np.float32)
         across = self.constant.copy()
         for rows, columns, matrix in self.matrices:
-            across[rows] = matrix @ up_column[columns]
+            across[rows] = matrix @ single[columns]
         powers = up_row * across
         sums = _summed(errors._group, powers, errors._groups)
         sums = np.maximum(sums, 1e-290)
@@ -153,22 +180,44 @@ class _Stage:
         over = (each / sums)[errors._group]
         down = np.zeros(len(up_column))
         per_row = over * up_row
+        largest = float(per_row.max(initial=0.0)) or 1.0
+        per_row /= largest
+        single = np.where(per_row < 2.0**_FLAT, 0.0, per_row).astype(np.float32)
         for rows, columns, matrix in self.matrices:
-            down[columns] = per_row[rows] @ matrix
+            down[columns] = single[rows] @ matrix
         by_term = _summed(errors._term, each, len(errors.terms))
         slope_row = over * powers - rows_down * _over(each, weight)[errors._group]
-        slope_column = up_column * down - columns_down * _over(by_term, share)[errors._column_term]
+        slope_column = largest * up_column * down
+        slope_column -= columns_down * _over(by_term, share)[errors._column_term]
         pull = _PULL / max(errors.num_scales, 1)
         slope = errors._rows_t @ slope_row + errors._columns_t @ slope_column
         gradient = slope * (2.0 * LN2 / total) + pull * point
         return float(np.log(total)) + 0.5 * pull * float(point @ point), np.asarray(gradient)
 
 
+def _exponents(forms: Sequence[Forms], basis: sparse.csr_array) -> sparse.csr_array:
+    """All exponents in the free scales, ``(exponents, num_scales)``."""
+    first = np.cumsum([0, *(len(f.variables) for f in forms)])
+    places = [
+        np.repeat(np.arange(len(f.variables)) + k, len(f.coefficients))
+        for f, k in zip(forms, first, strict=False)
+    ]
+    values = _joined([np.tile(f.coefficients, len(f.variables)) for f in forms])
+    columns = _joined([f.variables.reshape(-1) for f in forms]).astype(np.int64)
+    rows = _joined(places).astype(np.int64)
+    chosen = sparse.csr_array((values, (rows, columns)), shape=(int(first[-1]), basis.shape[0]))
+    return sparse.csr_array(chosen @ basis)
+
+
+def _distance(one: Array, other: Array) -> float:
+    return float(np.abs(one - other).max(initial=0.0))
+
+
 def _over(values: Array, by: Array) -> Array:
     return np.asarray(values / np.where(by > 0, by, 1.0))
 
 
-def _joined(parts: Sequence[Array]) -> Array:
+def _joined(parts: Sequence[NDArray[np.generic]]) -> Array:
     return np.concatenate([np.zeros(0), *parts])
 
 

@@ -34,8 +34,8 @@ class Spread(NamedTuple):
 
 def spread_of(weight: Tensor, axis: int) -> Spread:
     """The spread of a weight's channels along ``axis``."""
-    size = weight.detach().abs().float()
-    tops = size.amax([d for d in range(size.dim()) if d != axis]).sort().values
+    values, others = weight.detach(), [d for d in range(weight.dim()) if d != axis]
+    tops = torch.maximum(-values.amin(others), values.amax(others)).float().sort().values
     return Spread(float(tops[0]), float(tops[len(tops) // 2]), float(tops[-1]))
 
 
@@ -97,6 +97,9 @@ class EqualizationReport:
         absorbed: channels whose high bias was absorbed.
         sqnr_before, sqnr_after: predicted, in dB, of all that is quantised together (weights, and
             layers' inputs where activations were given); of the folded model and the result.
+        measured_before, measured_after: what rounding really makes of the outputs on the example
+            inputs, in dB, before the scales and with those that were applied.
+        tried: measured, of no scales and of every candidate; the best was applied.
         change: largest change of an output by folding and rescaling, relative to the output's
             largest entry; rounding.
         change_absorbed: the same by absorbing biases; 0 where none was absorbed.
@@ -115,6 +118,9 @@ class EqualizationReport:
     absorbed: int
     sqnr_before: float
     sqnr_after: float
+    measured_before: float
+    measured_after: float
+    tried: tuple[float, ...]
     change: float
     change_absorbed: float
     change_relu6: float
@@ -154,6 +160,17 @@ class EqualizationReport:
     def _sqnr(self) -> str:
         return f"{self.sqnr_before:.1f} -> {self.sqnr_after:.1f} dB"
 
+    def _measured(self) -> str:
+        first, *others = self.tried
+        if bool(self.log2_scales.any()):
+            return f"{first:.1f} -> {self.measured_after:.1f} dB on the example inputs"
+        if not others:
+            return f"{first:.1f} dB on the example inputs; nothing better was found"
+        return (
+            f"{first:.1f} dB on the example inputs; the weights were left as they were, since "
+            f"rescaled they would have {max(others):.1f} dB"
+        )
+
     def _rows(self) -> list[tuple[str, str]]:
         moved = int(torch.count_nonzero(self.log2_scales))
         changed = [f"{self.change:.1e} of the largest entry by folding and rescaling"]
@@ -166,6 +183,7 @@ class EqualizationReport:
             ("format", f"{self.format} per {self.per}"),
             ("scales", f"{self.num_scales:,} ({moved:,} changed)"),
             ("SQNR", f"{self._sqnr()}, predicted at the output"),
+            ("measured", self._measured()),
         ]
         if lost:
             rows.append(("ranges", f"median channel {lost[0]:.2f} -> {lost[1]:.2f} bits narrower"))
@@ -176,7 +194,7 @@ class EqualizationReport:
             ("seconds", ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items())),
         ]
         if self.relu6_replaced:
-            rows.insert(5, ("ReLU6", f"{self.relu6_replaced} replaced"))
+            rows.insert(6, ("ReLU6", f"{self.relu6_replaced} replaced"))
         return rows
 
     def _repr_html_(self) -> str:

@@ -1,31 +1,32 @@
-"""What is asked of :func:`pathlift.quantization.equalize_`, and the search for its scales."""
+"""What is asked of :func:`pathlift.quantization.equalize_`, and the search for scales."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-from torch import Tensor, nn
 
 from pathlift.capture.program import Program
 from pathlift.errors import ArgumentError, unknown
 from pathlift.quantization.formats import Format
-from pathlift.quantization.layers import Convolution, channel_axis, rounded_weights, weights
-from pathlift.quantization.measure import Measured, run, squared_error
-from pathlift.quantization.objective import Errors
-from pathlift.quantization.terms import Term, input_scales, term
+from pathlift.quantization.layers import Convolution, Weight, channel_axis
+from pathlift.quantization.measure import Measured
+from pathlift.quantization.objective import STAGES, Errors
+from pathlift.quantization.terms import Term, input_scales, term, thinned
 from pathlift.solve.bounds import extent_bounds
 from pathlift.solve.matrix import Array
 from pathlift.symmetry.group import RescalingGroup
 from pathlift.tensors.extents import extents
-from pathlift.tensors.rescale import rescale_
 
 _BIASES = ("shrink", "ignore")
 _RELU6 = ("keep", "relu", "per-channel")
 # From this many steps on hardly an entry becomes 0; below, rounds of the search.
 _FINE = 50.0
 _ROUNDS = 3
+# Parts of the way to the least error are tried as well where a prediction is a guide only, and in
+# models of no more entries than this, where one rounding is a draw and trying costs little.
+_SMALL, _PARTS = 1 << 20, (0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -54,124 +55,143 @@ class Asked:
         if not number or not 0 <= self.strength <= 1:
             raise ArgumentError(f"strength must be a number from 0 to 1; found {strength!r}.")
 
+    @property
+    def coarse(self) -> bool:
+        """Whether steps are so few that many entries become 0."""
+        return self.format.steps < _FINE
 
-def names_of(model: nn.Module, group: RescalingGroup) -> list[str]:
+
+def names_of(found: Sequence[Weight], group: RescalingGroup) -> list[str]:
     """The weights, and the biases beside them, that the captured model knows."""
-    found = []
-    for name, module, _ in weights(model):
-        bias = name.rpartition(".")[0] + ".bias" if "." in name else "bias"
-        has_bias = isinstance(module._parameters.get("bias"), Tensor)
-        found += [n for n in (name, bias if has_bias else "") if n in group.parameters]
-    return list(dict.fromkeys(found))
+    names = [n for one in found for n in (one.name, one.bias) if n in group.parameters]
+    return list(dict.fromkeys(names))
 
 
 def terms_of(
-    model: nn.Module,
-    group: RescalingGroup,
-    measured: Measured,
-    asked: Asked,
-    scales: Array | None = None,
+    found: Sequence[Weight], group: RescalingGroup, measured: Measured, asked: Asked
 ) -> list[Term]:
-    """One term per weight, and per bias or layer's input where they count.
-
-    ``scales``: those at which entries are looked for that become 0.
-    """
-    found = []
+    """One term per weight, and per bias or layer's input where they count."""
+    terms = []
     both = bool(measured.inputs)
     weigh = 2.0 * (1.0 - asked.strength) if both else 1.0
     steps, relative = asked.format.steps, asked.format.relative
     # Activations are not symmetric: twice as many steps over largest minus smallest.
     plain = 2.0 * steps + 1.0
-    factors = None if scales is None else group.factors(scales)
-    for name, module, parameter in weights(model):
+    for one in found:
+        name = one.name
         if name not in measured.sensitivity:
             continue
         spec, sensitivity = group.parameters[name], measured.sensitivity[name]
-        axis = channel_axis(module) if asked.per == "channel" else None
         if weigh:
-            one = term(
-                group,
+            made = term(
                 spec,
                 "weight",
-                parameter,
+                one.parameter,
                 sensitivity,
                 steps=steps,
                 factor=weigh,
                 relative=relative,
-                axis=axis,
-                moved=None if factors is None else factors.get(name, ()),
+                axis=one.axis(asked.per),
             )
-            found.append(one)
-        bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
-        if bias in measured.sensitivity and not both and asked.biases == "shrink":
-            values, matters = module._parameters["bias"], measured.sensitivity[bias]
+            terms.append(made)
+        if one.bias in measured.sensitivity and not both and asked.biases == "shrink":
+            values, matters = one.module._parameters["bias"], measured.sensitivity[one.bias]
             assert values is not None
-            spec = group.parameters[bias]
-            found.append(term(group, spec, "bias", values, matters, steps=plain))
+            terms.append(term(group.parameters[one.bias], "bias", values, matters, steps=plain))
         if name in measured.inputs and asked.strength:
-            groups = module.groups if isinstance(module, Convolution) else 1
-            inner = None if channel_axis(module) == 1 else input_scales(spec, groups)
+            groups = one.module.groups if isinstance(one.module, Convolution) else 1
+            inner = None if channel_axis(one.module) == 1 else input_scales(spec, groups)
             if inner is not None:
                 matters, span = measured.inputs[name]
                 rouse = 2.0 * asked.strength
-                found.append(
-                    term(group, inner, "activation", span, matters, steps=plain, factor=rouse)
-                )
-    return found
+                terms.append(term(inner, "activation", span, matters, steps=plain, factor=rouse))
+    return terms
 
 
-class Search:
-    """The search for the scales of least error.
+def thinned_terms(
+    found: Sequence[Weight],
+    terms: Sequence[Term],
+    group: RescalingGroup,
+    measured: Measured,
+    asked: Asked,
+    scales: Array,
+) -> list[Term]:
+    """The terms with the entries left out that become 0 at these scales."""
+    factors, by_name = group.factors(scales), {one.name: one for one in found}
+    weigh = 2.0 * (1.0 - asked.strength) if measured.inputs else 1.0
+    made = []
+    for known in terms:
+        if known.kind != "weight":
+            made.append(known)
+            continue
+        one, name = by_name[known.name], known.name
+        thin = thinned(
+            known,
+            group.parameters[name],
+            one.parameter,
+            measured.sensitivity[name],
+            factors.get(name, ()),
+            steps=asked.format.steps,
+            factor=weigh,
+            axis=one.axis(asked.per),
+        )
+        made.append(thin)
+    return made
+
+
+@dataclass
+class Found:
+    """What the search found.
+
+    Attributes:
+        scales: none (zeros) first, then those worth trying.
+        evaluations: of the objective.
+        errors: as predicted at given scales, per term.
+    """
+
+    scales: list[Array]
+    evaluations: int
+    errors: Callable[[Array], Errors]
+
+
+def search(
+    found: Sequence[Weight],
+    group: RescalingGroup,
+    measured: Measured,
+    asked: Asked,
+    limits: tuple[Array, Array],
+) -> Found:
+    """Scales of little error.
 
     Few steps (int4) round many entries to 0, whose errors no longer depend on the step. Which
     those are depends on the scales, so there the search goes on a few rounds, each with the
     entries that become 0 at the last one's scales. Errors are then no longer small, and the
-    prediction is a guide only: of what the rounds have found, that is taken whose error, measured
-    on the example inputs, is least.
+    prediction is a guide only. What one rounding makes of the predicted error is a draw, the
+    wider the smaller the model; so which scales are best is decided by trying.
     """
+    plain = Errors(terms_of(found, group, measured, asked), group.basis)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        program: Program,
-        group: RescalingGroup,
-        measured: Measured,
-        asked: Asked,
-    ) -> None:
-        self.make = partial(terms_of, model, group, measured, asked)
-        self.model, self.program, self.group, self.asked = model, program, group, asked
-        self.coarse = asked.format.steps < _FINE
-        self.evaluations = 0
+    def errors(scales: Array) -> Errors:
+        if not asked.coarse:
+            return plain
+        thin = thinned_terms(found, plain.terms, group, measured, asked, scales)
+        return plain.replaced(thin)
 
-    def errors(self, scales: Array) -> Errors:
-        """The errors, with the entries that become 0 at these scales where steps are few."""
-        return Errors(self.make(scales if self.coarse else None), self.group.num_scales)
-
-    def least(self, lower: Array, upper: Array, exact: list[Tensor]) -> Array:
-        """The best scales found; 0 where none are better. ``exact``: outputs on the example."""
-        none = np.zeros(self.group.num_scales)
-        plain = Errors(self.make(None), self.group.num_scales)
-        if not plain.terms or not len(none):
-            return none
-        found, self.evaluations = plain.least(none, lower, upper)
-        if not self.coarse:
-            return found if plain.total(found) < plain.total(none) else none
-        candidates = [none, found]
-        for _ in range(_ROUNDS):
-            found, evaluations = self.errors(found).least(found, lower, upper)
-            self.evaluations += evaluations
-            candidates.append(found)
-        return min(candidates, key=lambda scales: self._measured(scales, exact))
-
-    def _measured(self, scales: Array, exact: list[Tensor]) -> float:
-        """Squared error of the outputs on the example, with weights rescaled and rounded."""
-        tensors = {**self.program.buffers, **self.program.parameters}
-        undo = rescale_(tensors, self.group.factors(scales))
-        try:
-            rounded = rounded_weights(self.model, self.asked.format, self.asked.per)
-            return squared_error(exact, run(self.model, self.program.inputs, rounded))
-        finally:
-            undo()
+    none = np.zeros(group.num_scales)
+    result = Found([none], 0, errors)
+    if not plain.total(none) > 0 or not len(none):
+        return result
+    scales, result.evaluations = plain.least(none, *limits)
+    if asked.coarse or plain.total(scales) < plain.total(none):
+        result.scales.append(scales)
+    for _ in range(_ROUNDS if asked.coarse else 0):
+        scales, more = errors(scales).least(scales, *limits, STAGES[-1:])
+        result.evaluations += more
+        result.scales.append(scales)
+    entries = sum(one.parameter.numel() for one in found)
+    if len(result.scales) > 1 and (asked.coarse or entries <= _SMALL):
+        result.scales[1:1] = [part * scales for part in _PARTS]
+    return result
 
 
 def bounds(program: Program, group: RescalingGroup) -> tuple[Array, Array]:

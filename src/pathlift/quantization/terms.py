@@ -13,21 +13,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 from pathlift.solve.matrix import Array
 from pathlift.solve.sums import Classes, classes_of, reduce_to
-from pathlift.symmetry.group import RescalingGroup
 from pathlift.symmetry.rows import ParameterScales
 
 IntArray = NDArray[np.int64]
 _Terms = list[tuple[int, Tensor]]
+
+
+class Forms(NamedTuple):
+    """Exponents as sums of variables (:attr:`RescalingGroup.basis` has what they are).
+
+    Attributes:
+        coefficients: ``(k,)``.
+        variables: ``(n, k)``, for each of n exponents the k variables it is a sum of.
+    """
+
+    coefficients: IntArray
+    variables: IntArray
+
+
 # What no sample has shown to matter still counts for this part of its tensor's mean.
 _LEAST = 1e-3
 
@@ -39,8 +52,8 @@ class Term:
     Attributes:
         name: of the tensor (of an activation: of the weight that reads it).
         kind: ``"weight"``, ``"bias"`` or ``"activation"``.
-        logs: ``(R, C)`` log2 of the largest magnitudes of entries with equal scales, float64.
-        rows, columns: ``(R, H)`` and ``(C, H)``, their exponents in the free scales.
+        logs: ``(R, C)`` log2 of the largest magnitudes of entries with equal scales, float32.
+        rows, columns: their R and C exponents.
         by_row, by_column: ``(R,)`` and ``(C,)``: sums of G along the other axis. G itself is taken
             for their product over the total, as where errors of inputs and outputs are independent.
         group: ``(R,)``, which of ``groups`` largest magnitudes a row counts for.
@@ -51,9 +64,9 @@ class Term:
 
     name: str
     kind: str
-    logs: Array
-    rows: sparse.csr_array
-    columns: sparse.csr_array
+    logs: NDArray[np.float32]
+    rows: Forms
+    columns: Forms
     by_row: Array
     by_column: Array
     group: IntArray
@@ -63,7 +76,6 @@ class Term:
 
 
 def term(
-    group: RescalingGroup,
     spec: ParameterScales,
     kind: str,
     values: Tensor,
@@ -73,9 +85,8 @@ def term(
     factor: float = 1.0,
     relative: float = 0.0,
     axis: int | None = None,
-    moved: Sequence[Tensor] | None = None,
 ) -> Term:
-    """The term of one tensor.
+    """The term of one tensor, every entry of which has the error of a step.
 
     Args:
         spec: how it is rescaled.
@@ -85,40 +96,28 @@ def term(
         factor: by which its error counts.
         axis: the dimension of the channels that have a largest magnitude of their own; None: one
             for the whole tensor.
-        moved: log2 factors that the tensor is multiplied by. Entries that are then below half a
-            step become 0: their error is their own square, whatever the step, and no scale moves
-            it. None: every entry has the error of a step.
     """
-    size, weight = values.detach().abs().double().cpu(), sensitivity.double().cpu()
-    fixed = relative * float((weight * size.square()).sum()) if relative else 0.0
-    if moved is not None:
-        alive = _survive(size, moved, steps, axis)
-        fixed += float((weight * size.square() * ~alive).sum())
-        weight = weight * alive
-    parts = _parts(spec, axis)
-    classes = []
-    for axes, terms in parts:
-        whole = axis is None or axis not in axes
-        classes.append(_labelled(tuple(values.shape), axes, terms, merge=whole))
+    size, weight = _magnitudes(values), sensitivity.cpu()
+    parts, classes = _layout(spec, tuple(values.shape), axis)
     maxima = reduce_to(size, parts, classes, maxima=True).reshape(len(classes[0].tuples), -1)
-    sums = reduce_to(weight, parts, classes).reshape(maxima.shape)
-    row, column = sums.sum(1).numpy(), sums.sum(0).numpy()
-    forms = [_forms(group, t, c) for (_, t), c in zip(parts, classes, strict=True)]
+    forms = [_forms(terms, found) for (_, terms), found in zip(parts, classes, strict=True)]
     if len(forms) == 1:
-        forms.append(sparse.csr_array((1, group.num_scales)))
+        forms.append(Forms(np.zeros(0, np.int64), np.zeros((1, 0), np.int64)))
     member = np.zeros(len(maxima), dtype=np.int64)
     if axis is not None:
         axes = parts[0][0]
         shape = [values.shape[d] for d in axes]
         member = np.unravel_index(np.arange(math.prod(shape)), shape)[axes.index(axis)]
+    fixed = relative * float((weight * size.square()).sum(dtype=torch.float64)) if relative else 0.0
+    by_row, by_column = _both_sums(weight, parts, classes)
     return Term(
         name=spec.name,
         kind=kind,
-        logs=torch.log2(maxima).numpy(),
+        logs=torch.log2(maxima.float()).numpy(),
         rows=forms[0],
         columns=forms[1],
-        by_row=_positive(row),
-        by_column=_positive(column),
+        by_row=by_row,
+        by_column=by_column,
         group=member.astype(np.int64),
         groups=int(member.max(initial=0)) + 1,
         floor=factor / (12.0 * steps**2),
@@ -126,10 +125,64 @@ def term(
     )
 
 
+def thinned(
+    known: Term,
+    spec: ParameterScales,
+    values: Tensor,
+    sensitivity: Tensor,
+    moved: Sequence[Tensor],
+    *,
+    steps: float,
+    factor: float = 1.0,
+    axis: int | None = None,
+) -> Term:
+    """A term that counts which entries become 0, once the tensor is multiplied by ``2^moved``.
+
+    Those are then below half a step: their error is their own square, whatever the step, and no
+    scale moves it.
+
+    Args:
+        known: what :func:`term` makes of the other arguments.
+    """
+    size, weight = _magnitudes(values), sensitivity.cpu()
+    alive = _survive(size, moved, steps, axis)
+    dead = float((weight * size.square() * ~alive).sum(dtype=torch.float64))
+    parts, classes = _layout(spec, tuple(values.shape), axis)
+    by_row, by_column = _both_sums(weight * alive, parts, classes)
+    fixed = known.fixed + factor * dead
+    return replace(known, by_row=by_row, by_column=by_column, fixed=fixed)
+
+
+def _magnitudes(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    size = values.detach().abs().cpu()
+    return size.float() if size.dtype.itemsize < 4 else size
+
+
+def _layout(
+    spec: ParameterScales, shape: tuple[int, ...], axis: int | None
+) -> tuple[list[tuple[tuple[int, ...], _Terms]], list[Classes]]:
+    parts = _parts(spec, axis)
+    classes = []
+    for axes, terms in parts:
+        whole = axis is None or axis not in axes
+        classes.append(_labelled(shape, axes, terms, merge=whole))
+    return parts, classes
+
+
+def _both_sums(
+    weight: Tensor, parts: Sequence[tuple[tuple[int, ...], _Terms]], classes: Sequence[Classes]
+) -> tuple[Array, Array]:
+    """Sums of G over columns and over rows."""
+    sums = reduce_to(weight, parts, classes).reshape(len(classes[0].tuples), -1)
+    row, column = (sums.sum(k, dtype=torch.float64).numpy() for k in (1, 0))
+    return _positive(row), _positive(column)
+
+
 def _survive(size: Tensor, moved: Sequence[Tensor], steps: float, axis: int | None) -> Tensor:
     """Which entries are at least half a step, once moved."""
     for exponent in moved:
-        size = size * torch.exp2(exponent)
+        size = size * torch.exp2(exponent).to(size.dtype)
     others = [d for d in range(size.dim()) if d != axis]
     top = size.max() if axis is None else size.amax(others, keepdim=True)
     return size >= top / (2.0 * steps)
@@ -205,12 +258,6 @@ def _labelled(shape: tuple[int, ...], axes: Sequence[int], terms: _Terms, merge:
     return Classes(np.stack(columns, 1), np.arange(count), np.ones(count, np.int64))
 
 
-def _forms(group: RescalingGroup, terms: _Terms, classes: Classes) -> sparse.csr_array:
-    """Exponents of every class in the free scales."""
-    count, width = classes.tuples.shape
-    coefficients = np.tile(np.asarray([c for c, _ in terms], dtype=np.float64), count)
-    rows = np.repeat(np.arange(count), width)
-    chosen = sparse.csr_array(
-        (coefficients, (rows, classes.tuples.reshape(-1))), shape=(count, group.basis.shape[0])
-    )
-    return sparse.csr_array(chosen @ group.basis)
+def _forms(terms: _Terms, classes: Classes) -> Forms:
+    coefficients = np.asarray([c for c, _ in terms], dtype=np.int64)
+    return Forms(coefficients, classes.tuples)
