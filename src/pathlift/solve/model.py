@@ -13,7 +13,7 @@ What the constants trade (none of them changes the solution, only the way to it)
 =============== ======= ========================================= ================================
 constant        value   larger                                    smaller
 =============== ======= ========================================= ================================
-_CLOSE_BITS     12      fewer powers; each harder for Newton      more powers, each a step or two
+_CLOSE_BITS     20      fewer powers; each harder for Newton      more powers, each a step or two
 _CLOSE_SLOPE    1e-4    hands over early: more passes             polishes a model that is not the
                                                                   problem
 _STAGES         24      deeper networks reach power 1             stops where bits are thousands
@@ -22,6 +22,11 @@ _STEPS          8       each power solved better                  a crawl is lef
 _RISE           1.5     fewer powers where entries stay unequal   safer rise
 _MOVES          3       the model is renewed more often           matrices far from rank one are
                                                                   left to Newton
+_FAR            48      longer steps, where the model may be      more damping, and a factored
+                        wrong                                     matrix for every try
+_NEXT           4       a power is left sooner; the next is       a step more of most powers
+                        harder
+_ROUGH          4       (below power 1) fewer dampings to try     steps nearer to Newton's
 DAMPING         1e-5 …  shorter steps, always possible            a channel whose entries all lost
                 1e-1                                              their weight has a slope and no
                                                                   curvature: a step of no use
@@ -36,15 +41,19 @@ import numpy as np
 
 from pathlift.solve.matrix import Array
 from pathlift.solve.operator import Evaluation, Operator, certificate
-from pathlift.solve.preconditioner import preconditioner
+from pathlift.solve.preconditioner import Covariance
 from pathlift.solve.problem import LN2
+from pathlift.solve.within import within
 
-_CLOSE_BITS = 12.0
+_CLOSE_BITS = 20.0
 _CLOSE_SLOPE = 1e-4
 _STAGES = 24
 _STEPS = 8
 _RISE = 1.5
 _MOVES = 3
+_FAR = 48.0
+_NEXT = 4.0
+_ROUGH = 4
 # Parts of its weight at the optimum that every entry is given at least, where a step is too long.
 DAMPING = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -135,11 +144,14 @@ def _model_minimiser(operator: Operator, at: Evaluation) -> Array:
     d = np.zeros(problem.num_scales)
     level = 0
     for _ in range(_STAGES):
+        last = power == 1.0
         for _ in range(_STEPS):
-            d, size, level = _model_step(model, d, power, max(level - 1, 0))
-            if size * power < (1.0 if power == 1.0 else 2.0):
+            d, size, level = _model_step(model, d, power, level if last else max(level, _ROUGH))
+            if size * power < _FAR / 4:
+                level = max(level - 1, 0)
+            if size * power < (1.0 if last else _NEXT):
                 break
-        if power == 1.0:
+        if last:
             break
         # how unequal the entries must stay decides how fast the power may rise
         moved = operator.forms @ d
@@ -171,13 +183,16 @@ def _model_step(model: _Model, d: Array, power: float, level: int) -> tuple[Arra
     dampings = (0.0, *DAMPING)
     for level, damping in list(enumerate(dampings))[level:]:  # noqa: B007, B020
         used = weights + damping * model.counts / max(float(model.counts.sum()), 1.0)
-        step = -preconditioner(operator, used, mean, free, scale)(g)
+        hessian = Covariance(operator, used, mean, scale)
+        step = hessian.solve(-g, free)
         size = float(2.0 * np.abs(operator.forms @ step).max(initial=0.0))
-        if size * power <= 4.0 * _CLOSE_BITS:
+        if size * power <= _FAR:
+            room = problem.lower - here, problem.upper - here
+            step = within(step, gradient, free, room, hessian, 1)
             break
     if not np.isfinite(size) or size == 0.0:
         return d, 0.0, level
-    step *= min(1.0, 4.0 * _CLOSE_BITS / (power * size))
+    step *= min(1.0, _FAR / (power * size))
     for _ in range(12):
         new = np.clip(here + step, problem.lower, problem.upper) - model.origin
         if value(new)[0] <= f + 1e-4 * float(g @ (new - d)) + 1e-13 * (abs(f) + p):

@@ -13,7 +13,8 @@ The start is the minimiser of the whole problem with rank-one matrices
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,14 +23,19 @@ from pathlift.solve.coordinate import sweep
 from pathlift.solve.matrix import Array, BoolArray, power
 from pathlift.solve.model import DAMPING, first_point
 from pathlift.solve.operator import Evaluation, Operator, certificate, operator_of, solution
-from pathlift.solve.preconditioner import Precondition, preconditioner
+from pathlift.solve.preconditioner import Covariance, Precondition
 from pathlift.solve.problem import LN2, Problem, Solution
+from pathlift.solve.within import Quadratic, within
 
 # A step changes no form by more than this many bits.
 _MAX_FORM_STEP = 40.0
 _MAX_CG = 60
+# How often scales that a step takes over their bounds are put there.
+_ROUNDS = 8
 # The error of the scales, in bits per tol, at which a point counts as arrived.
 _SETTLED = 30.0
+# A step that leaves this part of the slope is worth a look further along its direction.
+_STEEP = 0.5
 # After this many steps the problem is approached through its square roots.
 _PATIENCE = 25
 
@@ -135,28 +141,50 @@ def _linear_only(operator: Operator, at: Evaluation, tol: float) -> Solution:
 # -- one step ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Hessian:
+    """F's own at a point, solved with by conjugate gradients."""
+
+    operator: Operator
+    at: Evaluation
+    accuracy: float
+
+    def solve(self, residual: Array, free: BoolArray) -> Array:
+        """See :class:`pathlift.solve.within.Quadratic`."""
+        apply = _covariance(self.operator, self.at, 0.0).inverse(free)
+        return _conjugate_gradients(self.operator, self.at, residual, free, apply, self.accuracy)
+
+    def times(self, direction: Array) -> Array:
+        """See :class:`pathlift.solve.within.Quadratic`."""
+        return self.operator.hessian_product(self.at, direction)
+
+
+def _covariance(operator: Operator, at: Evaluation, damping: float) -> Covariance:
+    """The rank-one model at a point; every entry gets ``damping`` of its weight at the optimum."""
+    counts = operator.counts()
+    weights = at.weights + damping * counts / max(float(counts.sum()), 1.0)
+    return Covariance(operator, weights, at.mean, 4 * LN2**2 * operator.problem.count)
+
+
+def _models(operator: Operator, at: Evaluation, accuracy: float) -> Iterator[Quadratic]:
+    """F's own, then ever more damped ones, for where the one before steps too far."""
+    yield _Hessian(operator, at, accuracy)
+    for damping in DAMPING:
+        yield _covariance(operator, at, damping)
+
+
 def _newton_step(operator: Operator, at: Evaluation, accuracy: float) -> Evaluation | None:
     """A truncated Newton step on the free scales with a line search; None without progress."""
     problem = operator.problem
     free, snap = _free(problem, at)
-    g = np.where(free, at.gradient, 0.0)
-    scale = 4 * LN2**2 * problem.count
-    apply = preconditioner(operator, at.weights, at.mean, free, scale)
-    direction = _conjugate_gradients(operator, at, -g, free, apply, accuracy)
-    size = float(np.abs(operator.forms @ direction).max(initial=0.0))
-    if not size <= _MAX_FORM_STEP:
-        counts = operator.counts()
-        for damping in DAMPING:
-            damped = at.weights + damping * counts / max(float(counts.sum()), 1.0)
-            direction = -preconditioner(operator, damped, at.mean, free, scale)(g)
-            size = float(np.abs(operator.forms @ direction).max(initial=0.0))
-            if size <= _MAX_FORM_STEP:
-                break
-    if not np.isfinite(size):
-        return None
-    if size > _MAX_FORM_STEP:
-        direction *= _MAX_FORM_STEP / size
-    return _line_search(operator, at, direction + snap)
+    for model in _models(operator, at, accuracy):
+        step = model.solve(np.where(free, -at.gradient, 0.0), free)
+        size = float(np.abs(operator.forms @ step).max(initial=0.0))
+        if size <= _MAX_FORM_STEP:
+            room = problem.lower - at.point, problem.upper - at.point
+            step = within(step + snap, at.gradient, free, room, model, _ROUNDS)
+            return _line_search(operator, at, step)
+    return _line_search(operator, at, step * (_MAX_FORM_STEP / size)) if size < np.inf else None
 
 
 def _free(problem: Problem, at: Evaluation) -> tuple[BoolArray, Array]:
@@ -213,23 +241,33 @@ def _line_search(operator: Operator, at: Evaluation, direction: Array) -> Evalua
 
     On the chord from ``at`` to the trial F is convex, so a slope at the trial that is still
     negative (or at most 0.8 of the first one in size) proves a decrease when the difference of
-    two values of F is all rounding error. The step is shortened by the secant of the slopes.
+    two values of F is all rounding error. The step is shortened by the secant of the slopes, and
+    made longer again where the slope has hardly changed: F rises like an exponential function
+    behind its minimum, and a secant that starts there falls short of it by far.
     """
     problem = operator.problem
     rounding = 1e-12 * (abs(at.objective) + problem.count)
-    step = 1.0
+    step, too_far = 1.0, 1.0
+    found = None
     for _ in range(30):
         point = np.clip(at.point + step * direction, problem.lower, problem.upper)
         chord = point - at.point
         slope = float(at.gradient @ chord)
         if not slope < 0:
-            return None
+            return found
         trial = operator.evaluate(point)
         end = float(trial.gradient @ chord)
-        if trial.objective <= at.objective + 1e-4 * slope and end <= -0.9 * slope:
-            return trial
-        if trial.objective <= at.objective + rounding and end <= -0.8 * slope:
-            return trial
-        secant = slope / (slope - end) if np.isfinite(end) else 0.1
-        step *= min(max(secant, 0.05), 0.7)
-    return None
+        falls = trial.objective <= at.objective + 1e-4 * slope and end <= -0.9 * slope
+        flat = trial.objective <= at.objective + rounding and end <= -0.8 * slope
+        if falls or flat:
+            found = trial
+            if end > _STEEP * slope or too_far < 2.0 * step:
+                return found
+            step = (step * too_far) ** 0.5
+        elif found is not None:
+            return found
+        else:
+            secant = slope / (slope - end) if np.isfinite(end) else 0.1
+            too_far = step
+            step *= min(max(secant, 0.05), 0.7)
+    return found

@@ -18,9 +18,11 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import linalg as _sparse_linalg
 
+from pathlift.solve.inner import factored
 from pathlift.solve.matrix import Array, BoolArray
+from pathlift.solve.meetings import Meetings
 from pathlift.solve.operator import Operator
-from pathlift.solve.patterns import factored, patterns
+from pathlift.solve.patterns import patterns
 
 Precondition = Callable[[Array], Array]
 
@@ -30,31 +32,47 @@ _RIDGE = 1e-7
 _DENSE_CORE = 32
 
 
-def preconditioner(
-    operator: Operator, weights: Array, mean: Array, free: BoolArray, scale: float
-) -> Precondition:
-    """Inverse of ``scale`` times the model's covariance on the free scales; held ones get zero.
+class Covariance:
+    """``scale`` times the model's covariance of exponents.
 
     ``weights``: per form. ``mean``: ``(H,)``, ``E^T w``.
     """
-    blocks = len(operator.blocks)
-    found = patterns(operator)
-    local = _local(operator, weights, free)
-    data = found.low.data(weights, mean)
-    low, low_t = found.low.rows(data), found.low.columns(data)
-    pair = 2 * np.arange(blocks)
-    row = np.concatenate([pair, pair + 1, [2 * blocks]])
-    col = np.concatenate([pair + 1, pair, [2 * blocks]])
-    swap = np.ones(row.size)
-    swap[-1] = -1.0
-    core = local.between(low, low_t) + sparse.csr_array((swap, (row, col)), shape=(row.size,) * 2)
-    solve = _core_solver(sparse.csc_array(core))
 
-    def apply(r: Array) -> Array:
-        part = local.solve(r)
-        return np.asarray((part - local.solve(low_t @ solve(low @ part))) / scale)
+    def __init__(self, operator: Operator, weights: Array, mean: Array, scale: float) -> None:
+        self._operator, self._weights, self._scale = operator, weights, scale
+        low = patterns(operator).low
+        data = low.data(weights, mean)
+        self._low, self._low_t = low.rows(data), low.columns(data)
+        last = 2 * len(operator.blocks)
+        pair = np.arange(0, last, 2)
+        row = np.concatenate([pair, pair + 1, [last]])
+        col = np.concatenate([pair + 1, pair, [last]])
+        sign = np.where(row == last, -1.0, 1.0)
+        self._swap = sparse.csr_array((sign, (row, col)), shape=(last + 1, last + 1))
 
-    return apply
+    def inverse(self, free: BoolArray) -> Precondition:
+        """The inverse on the free scales; held ones get zero."""
+        local = _local(self._operator, self._weights, free)
+        core = sparse.csc_array(local.between(self._low, self._low_t) + self._swap)
+        core_solve = _core_solver(core)
+
+        def apply(r: Array) -> Array:
+            part = local.solve(r)
+            far = self._low_t @ core_solve(self._low @ part)
+            return np.asarray((part - local.solve(far)) / self._scale)
+
+        return apply
+
+    def solve(self, residual: Array, free: BoolArray) -> Array:
+        """See :class:`pathlift.solve.within.Quadratic`."""
+        return self.inverse(free)(residual)
+
+    def times(self, direction: Array) -> Array:
+        """The covariance (of all scales) times ``direction``."""
+        operator = self._operator
+        near = operator.forms_t @ (self._weights * (operator.forms @ direction))
+        far = self._low_t @ (self._swap @ (self._low @ direction))
+        return np.asarray((near + far) * self._scale)
 
 
 @dataclass(frozen=True)
@@ -63,13 +81,14 @@ class _Local:
 
     ``inverse``: ``(H,)``, of scales that meet no other; 0 for those held or in ``kept``.
     ``kept``: the scales that meet others, ``alive`` those of them that are not held (1 or 0);
-    ``factored`` solves among them.
+    ``factored`` solves among them, ``meetings`` says what of the sums meets there.
     """
 
     inverse: Array
     kept: np.ndarray
     alive: Array
     factored: Precondition | None
+    meetings: Meetings | None
 
     def solve(self, r: Array) -> Array:
         out = self.inverse * r
@@ -81,14 +100,8 @@ class _Local:
         """``low @ inverse @ low^T``."""
         weighed = (low.data * self.inverse[low.indices], low.indices, low.indptr)
         core = sparse.csr_array(sparse.csr_array(weighed, shape=low.shape) @ low_t)
-        if self.factored is not None:
-            met_t = sparse.csr_array(low_t[self.kept])
-            met_t.data *= np.repeat(self.alive, np.diff(met_t.indptr))
-            rows = np.unique(met_t.indices)
-            dense = met_t[:, rows].toarray()
-            part = sparse.coo_array(met_t.T @ self.factored(dense))
-            place = (part.row, rows[part.col])
-            core = core + sparse.csr_array((part.data, place), shape=core.shape)
+        if self.factored is not None and self.meetings is not None:
+            core = core + self.meetings.core(low.data, self.alive, self.factored)
         return core
 
 
@@ -106,11 +119,13 @@ def _local(operator: Operator, weights: Array, free: BoolArray) -> _Local:
         with suppress(RuntimeError):  # singular in spite of the ridge
             factors = factored(inner.matrix(weights, own, here.astype(np.float64)), "NATURAL")
             alive[inner.kept] = False
-            return _Local(_inverse(diagonal, alive), inner.kept, here * 1.0, factors.solve)
+            return _Local(
+                _inverse(diagonal, alive), inner.kept, here * 1.0, factors.solve, found.meetings
+            )
     bound = operator.row_sum_bound() @ weights
     above = bound * (1.0 + _RIDGE) + 1e-14 * float(bound.max(initial=0.0))
     none = np.zeros(0, dtype=np.int64)
-    return _Local(_inverse(above, free & (above > 0)), none, np.zeros(0), None)
+    return _Local(_inverse(above, free & (above > 0)), none, np.zeros(0), None, None)
 
 
 def _inverse(diagonal: Array, kept: BoolArray) -> Array:
