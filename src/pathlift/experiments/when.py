@@ -53,11 +53,11 @@ def contrasts() -> dict[str, Study]:
     return {
         "-equal-sgd": _study("mlp:64-64-64", "sgd", fine(0.667, 2, 2)),
         "-norm-equal": _study("mlp:64-64-64-64-64-64", "sgd", fine(0.3, 2, 2), norm=True),
-        "-norm-bottleneck": _study("mlp:256-16-256", "sgd", fine(0.3, 2, 2), norm=True),
+        "-norm-bottleneck": _study("mlp:256-16-256", "sgd", fine(0.675, 2, 3), norm=True),
         "-classifier-adam": _study("mlp:256-16-256", "adam", fine(0.0081, 2, 2)),
         "-autoencoder-adam": _study("autoencoder:128-32-8", "adam", fine(0.0054, 2, 2), **code),
         "-autoencoder-adamw": _study("autoencoder:128-32-8", "adamw", fine(0.0054, 2, 2), **code),
-        "-classifier-muon": _study("mlp:256-16-256", "muon", [0.004, 0.008, 0.016, 0.032, 0.064]),
+        "-classifier-muon": _study("mlp:256-16-256", "muon", [0.0005, 0.001, 0.002, 0.004, 0.008]),
         "-narrow-code": _study("autoencoder:128-32-2", "sgd", fine(1, 2, 2), **code),
         "-wide-middle": _study("mlp:16-256-16", "sgd", fine(0.667, 2, 2)),
         "-language-adamw": _study(
