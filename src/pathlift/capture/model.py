@@ -48,7 +48,7 @@ def capture(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         source: where the values of parameters come from, if not from the model. Its parameters
             may then be on the meta device; no memory is taken for them.
-        both: False: in the model's own mode alone, for what is done in evaluation mode only.
+        both: False: in the model's own mode alone, for what asks of no other.
 
     Raises:
         ArgumentError: ``model`` or ``example_inputs`` has the wrong type.
