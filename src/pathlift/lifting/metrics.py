@@ -209,10 +209,10 @@ def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, 
             f"network first, or use condition_, which works up to a common factor."
         )
     half = int(shift) // 2  # in two steps: either factor alone stays in range
-    return {
-        n: (g * 2.0**half * 2.0 ** (int(shift) - half)).to(program.parameters[n].device)
-        for n, g in found.items()
-    }
+    for factor in (2.0**half, 2.0 ** (int(shift) - half)):
+        if factor != 1:
+            found = {n: g * factor for n, g in found.items()}
+    return {n: g.to(program.parameters[n].device) for n, g in found.items()}
 
 
 def imbalance(diagonal: Mapping[str, Tensor]) -> float:
