@@ -1,8 +1,9 @@
 """Before and after: everything the real model shows, and what is to blame when it differs.
 
-Both modes are looked at, the model's own mode over two calls in a row, the second on other values
-than the example's: state that a call leaves, and masks that an input decides, are seen too.
-Compared is everything that leaves: outputs of any kind, buffers, and tensors left in attributes.
+Both modes are looked at, one of them on other values than the example's; where a call may see what
+the one before has left, or other values make it another one, the model's own mode over two calls in
+a row. Compared is everything that leaves: outputs of any kind, buffers, and tensors left in
+attributes.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathlift.blame import explained, smallest
-from pathlift.capture.inputs import tensors_in
-from pathlift.capture.names import attributes
 from pathlift.capture.program import Inputs, Program, symbols_in
+from pathlift.capture.shown import Shown, lasts, seed, shown
 from pathlift.errors import RangeError, VerificationError
 from pathlift.homes.home import Home
 from pathlift.homes.snapshot import Snapshot
@@ -79,50 +79,64 @@ def moved_buffers(group: RescalingGroup, program: Program) -> frozenset[str]:
     return frozenset(n for n in group.parameters if n in program.buffers)
 
 
-def outputs(home: Home, program: Program, moved: frozenset[str] = frozenset()) -> Outputs | None:
+def outputs(
+    home: Home,
+    program: Program,
+    moved: frozenset[str] = frozenset(),
+    *,
+    first: Shown | None = None,
+    runs: int | None = None,
+) -> Outputs | None:
     """What the real model shows in both modes; the model is left as it was.
+
+    The model's own mode is run on the example inputs, the other mode on other values. Where a call
+    may see what the one before has left, or other values make it another one, the model's own mode
+    is run twice in a row, the second time on other values, and the other mode after it; else each
+    mode is run from the model as it is.
 
     None if there is no model to run.
 
     Args:
         moved: names of buffers that the rescaling moves, which are not compared.
+        first: what the run on the example inputs shows, if it is known.
+        runs: how many runs to make, as before; None: as many as it takes.
     """
     model = home.model
     if model is None:
         return None
     found: Outputs = []
     own = program.training
+    modes = list(dict.fromkeys(g.training for g in program.graphs))
+    skipped = frozenset(id(b) for n, b in program.buffers.items() if n in moved)
     # What a snapshot puts back includes the grad mode that it was made in.
     written = [program.parameters[n] for n in program.written if n in program.parameters]
     with torch.no_grad(), plain_arithmetic(), Snapshot(model, written) as before:
-        skipped = {id(b) for n, b in program.buffers.items() if n in moved}
-        skipped |= {id(p) for p in model.parameters()}
-        for mode in dict.fromkeys(g.training for g in program.graphs):
+
+        def look(inputs: Inputs, instead: Inputs) -> None:
+            seed(model)
+            seen = shown(model, _run(model, inputs, instead))
+            found.append(seen.without(skipped, program.derived))
+
+        for mode in modes:
             inputs = program.examples.get(mode, program.inputs)
-            rolled = _rolled(inputs)
-            for one in [inputs, rolled] if mode == own else [rolled]:
-                if mode != own:
-                    model.train(mode)
-                _seed(model)
-                out = _run(model, one, inputs)
-                own_tensors = attributes(model)
-                unseen = skipped.union(
-                    id(own_tensors[n]) for n in program.derived if n in own_tensors
-                )
-                left = [*model.buffers(), *own_tensors.values()]
-                seen = [*tensors_in(out), *(t for t in left if id(t) not in unseen)]
-                found.append([t.detach().clone() for t in seen if t.layout == torch.strided])
-            before.restore()
+            if mode != own:
+                model.train(mode)
+                look(_rolled(inputs), inputs)
+            elif first is not None:
+                found.append(first.without(skipped, program.derived))
+            else:
+                look(inputs, inputs)
+                if runs is None:
+                    again = lasts(program, before.changed(), before.written())
+                else:
+                    again = runs > len(modes)
+                if again:
+                    look(_rolled(inputs), inputs)
+                else:
+                    before.restore()
+        before.restore()
     home.settle()
     return found
-
-
-def _seed(model: nn.Module) -> None:
-    """The same random numbers for every run; the snapshot puts back the state."""
-    if all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers())):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed notes a traceback per device
-    else:
-        torch.manual_seed(0)
 
 
 def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
@@ -159,24 +173,28 @@ def _rolled(inputs: Inputs) -> Inputs:
     return Inputs(args, kwargs)
 
 
-def compared(applied: Applied, before: Outputs) -> float:
-    """The largest change of an output on any process, now that the scales are applied.
+def looked(applied: Applied, before: Outputs) -> Outputs:
+    """What the model shows now that scales are applied; they are taken back if it does not run."""
+    try:
+        return _now(applied, before)
+    except BaseException:
+        applied.undo()
+        raise
+
+
+def compared(applied: Applied, before: Outputs, now: Outputs) -> float:
+    """The largest change of an output on any process.
 
     Args:
         applied: the scales; taken back if anything fails.
         before: the outputs before.
+        now: the outputs with the scales applied.
 
     Raises:
         VerificationError: the outputs differ by more than they may; the model is as before.
     """
-    try:
-        now = _now(applied)
-        worst = applied.home.worst(largest_change(before, now))
-        fails = applied.fails(before, now)
-    except BaseException:
-        applied.undo()
-        raise
-    if not fails:
+    worst = applied.home.worst(largest_change(before, now))
+    if not applied.fails(before, now):
         return worst
     applied.undo()
     why = "all scales are powers of two" if applied.exact else "rounding explains far less"
@@ -187,27 +205,22 @@ def compared(applied: Applied, before: Outputs) -> float:
     )
 
 
-def taken_back(applied: Applied, before: Outputs) -> tuple[float, float]:
+def taken_back(applied: Applied, before: Outputs, now: Outputs) -> tuple[float, float]:
     """Take continuous scales back where outputs change by more than rounding explains.
 
     Returns:
         The largest change of an output on any process, and the largest in units of what rounding
         may change; above 1, the scales were taken back.
     """
-    try:
-        now = _now(applied)
-        worst = applied.home.worst(largest_change(before, now))
-        times = applied.times(before, now)
-    except BaseException:
-        applied.undo()
-        raise
+    worst = applied.home.worst(largest_change(before, now))
+    times = applied.times(before, now)
     if times > 1:
         applied.undo()
     return worst, times
 
 
-def _now(applied: Applied) -> Outputs:
-    now = outputs(applied.home, applied.program, applied.moved)
+def _now(applied: Applied, before: Outputs) -> Outputs:
+    now = outputs(applied.home, applied.program, applied.moved, runs=len(before))
     assert now is not None
     return now
 
@@ -215,7 +228,7 @@ def _now(applied: Applied) -> Outputs:
 def _reason(applied: Applied, before: Outputs) -> str:
     """Why outputs differ, found by looking again with nothing and with parts of the scales."""
     home, scales = applied.home, applied.scales
-    again = home.worst(largest_change(before, _now(applied)))
+    again = home.worst(largest_change(before, _now(applied, before)))
     if again > 0:
         return (
             f"Forward is not deterministic: the unchanged model's outputs differ by up to "
@@ -230,7 +243,7 @@ def _reason(applied: Applied, before: Outputs) -> str:
         except RangeError:
             return False
         try:
-            return applied.fails(before, _now(applied))
+            return applied.fails(before, _now(applied, before))
         finally:
             undo()
 
