@@ -167,12 +167,12 @@ def condition_home(
     assembled, solution, extents = found.assembled, found.solution, found.extents
     moved = moved_buffers(group, program)
 
-    def look(borrowed: Shown | None = None) -> Outputs | None:
+    def look(borrowed: Mapping[bool, Shown] | None = None) -> Outputs | None:
         with timed(seconds, "verify"):
             return outputs(home, program, moved, first=borrowed) if settings.verify else None
 
     same = first is not None and home.model is home.structure
-    borrowed = first.stands_for(program) if first is not None and same else None
+    borrowed = first.stands_for(program) if first is not None and same else {}
     before = look(borrowed)
     how = rounding(
         settings.exact,

@@ -8,7 +8,7 @@ attributes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathlift.blame import explained, smallest
+from pathlift.capture.inputs import rolled
 from pathlift.capture.program import Inputs, Program, symbols_in
 from pathlift.capture.shown import Shown, lasts, seed, shown
 from pathlift.errors import RangeError, VerificationError
@@ -84,7 +85,7 @@ def outputs(
     program: Program,
     moved: frozenset[str] = frozenset(),
     *,
-    first: Shown | None = None,
+    first: Mapping[bool, Shown] | None = None,
     runs: int | None = None,
 ) -> Outputs | None:
     """What the real model shows in both modes; the model is left as it was.
@@ -98,13 +99,14 @@ def outputs(
 
     Args:
         moved: names of buffers that the rescaling moves, which are not compared.
-        first: what the run on the example inputs shows, if it is known.
+        first: mode -> what the run in it shows, if it is known.
         runs: how many runs to make, as before; None: as many as it takes.
     """
     model = home.model
     if model is None:
         return None
     found: Outputs = []
+    first = first or {}
     own = program.training
     modes = list(dict.fromkeys(g.training for g in program.graphs))
     skipped = frozenset(id(b) for n, b in program.buffers.items() if n in moved)
@@ -119,11 +121,11 @@ def outputs(
 
         for mode in modes:
             inputs = program.examples.get(mode, program.inputs)
-            if mode != own:
+            if mode in first:
+                found.append(first[mode].without(skipped, program.derived))
+            elif mode != own:
                 model.train(mode)
-                look(_rolled(inputs), inputs)
-            elif first is not None:
-                found.append(first.without(skipped, program.derived))
+                look(rolled(inputs), inputs)
             else:
                 look(inputs, inputs)
                 if runs is None:
@@ -131,7 +133,7 @@ def outputs(
                 else:
                     again = runs > len(modes)
                 if again:
-                    look(_rolled(inputs), inputs)
+                    look(rolled(inputs), inputs)
                 else:
                     before.restore()
         before.restore()
@@ -160,17 +162,6 @@ def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "").rstrip(".")
-
-
-def _rolled(inputs: Inputs) -> Inputs:
-    """Other values of the same range: every tensor's entries moved on by one."""
-
-    def rolled(tensor: Tensor) -> Tensor:
-        plain = tensor.layout == torch.strided and tensor.numel() > 1 and not tensor.is_quantized
-        return tensor.detach().roll(1) if plain else tensor
-
-    args, kwargs = pytree.tree_map_only(Tensor, rolled, (inputs.args, inputs.kwargs))
-    return Inputs(args, kwargs)
 
 
 def looked(applied: Applied, before: Outputs) -> Outputs:

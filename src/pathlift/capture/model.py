@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift import operations
 from pathlift.capture.fakes import Fakes
-from pathlift.capture.inputs import as_inputs, doubled, tensors_in
+from pathlift.capture.inputs import as_inputs, doubled, rolled, tensors_in
 from pathlift.capture.ledger import Ledger, graph_of
 from pathlift.capture.modes import below_autograd, quiet
 from pathlift.capture.names import attributes, check_model, module_paths, named_tensors
@@ -28,7 +28,7 @@ from pathlift.capture.reads import Reads
 from pathlift.capture.record import Recorder
 from pathlift.capture.refusals import ELSEWHERE, differs, draws, explained, failed, not_recorded
 from pathlift.capture.shown import Rehearsal
-from pathlift.capture.witness import Witness, agree
+from pathlift.capture.witness import Run, Witness, agree
 from pathlift.collector import uncollected
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
@@ -55,7 +55,7 @@ def capture(
         source: where the values of parameters come from, if not from the model. Its parameters
             may then be on the meta device; no memory is taken for them.
         both: False: in the model's own mode alone, for what asks of no other.
-        rehearsal: filled with what the first real run in the model's own mode shows.
+        rehearsal: filled with what the first real runs show.
 
     Raises:
         ArgumentError: ``model`` or ``example_inputs`` has the wrong type.
@@ -172,10 +172,12 @@ class _Session:
         if mode != self.own and (more := doubled(self.inputs)) is not None:
             tries.append(more)  # a batch norm in train mode refuses a batch of one
         for inputs in tries:
-            try:
-                return inputs, self._watched(mode, inputs)
-            except Exception:
-                self.before.restore()
+            others = mode != self.own and self.rehearsal is not None
+            for values in [rolled(inputs), inputs] if others else [inputs]:
+                try:
+                    return inputs, self._watched(mode, values)
+                except Exception:
+                    self.before.restore()
             try:
                 for parameter in self.floating.values():
                     self.before.keep(parameter)  # nobody watches what is written
@@ -198,8 +200,10 @@ class _Session:
         reads = Reads(lambda tensor: None, True, own)
         # Fast kernels: they change what is inside of an operation, not which one is called.
         fast = torch.backends.mkldnn.flags(enabled=torch._C._get_mkldnn_enabled())
-        first = self.rehearsal if mode == self.own and not self.recorders else None
-        run = self.fake.run if first is None else first.begun(self.model, self.fake.run)
+        first = None if self.recorders else self.rehearsal
+        run: Run = self.fake.run
+        if first is not None:
+            run = first.begun(self.model, run, mode == self.own)
         with (
             below_autograd(gradients=True),
             fast,
@@ -208,7 +212,7 @@ class _Session:
         ):
             out = self.model(*copied.args, **copied.kwargs)
         if first is not None:
-            first.ended(self.model, out)
+            first.ended(self.model, out, mode)
         return witness.seen
 
     def set_mode(self, mode: bool) -> None:

@@ -78,23 +78,27 @@ _MOST = 100_000_000
 
 
 class Rehearsal:
-    """The first real run of a capture, for the one who runs the model again right after it.
+    """The first real runs of a capture, for the one who runs the model again right after it.
+
+    Each mode is run once from the model as it is: its own mode on the example inputs, the other on
+    other values.
 
     Attributes:
-        shown: what it showed, from the random numbers of :func:`seed`; None where a run that is
-            watched need not be one that is not.
-        changes, written: what it changed, as a snapshot says it.
-        moments: of the inputs of batch norms, in the order of their calls.
+        shown: mode -> what that run showed, from the random numbers of :func:`seed`; without a mode
+            where a run that is watched need not be one that is not.
+        changes, written: what the run in the model's own mode changed, as a snapshot says it.
+        moments: of what batch norms were given in it, in the order of their calls.
     """
 
     def __init__(self) -> None:
-        self.shown: Shown | None = None
+        self.shown: dict[bool, Shown] = {}
         self.changes: list[Change] = []
         self.written: set[int] = set()
         self.moments: list[tuple[Tensor, Tensor]] = []
 
-    def begun(self, model: nn.Module, run: Run) -> Run:
-        """To be called before it; returns ``run`` with a note of what batch norms are given."""
+    def begun(self, model: nn.Module, run: Run, own: bool) -> Run:
+        """To be called before a run; in the model's own mode, returns ``run`` with a note of what
+        batch norms are given."""
         seed(model)
 
         def noted(func: Any, args: Any, kwargs: Any) -> Any:
@@ -105,18 +109,18 @@ class Rehearsal:
                     self.moments.append(batch_moments(bound))
             return run(func, args, kwargs)
 
-        return noted
+        return noted if own else run
 
-    def ended(self, model: nn.Module, out: Any) -> None:
+    def ended(self, model: nn.Module, out: Any, mode: bool) -> None:
         """To be called after it, with what the model has returned."""
         left = [*model.buffers(), *attributes(model).values()]
         fast = any(isinstance(m, _FAST) for m in model.modules())
         if not fast and sum(t.nbytes for t in left) <= _MOST:
-            self.shown = shown(model, out)
+            self.shown[mode] = shown(model, out)
 
-    def stands_for(self, program: Program) -> Shown | None:
-        """What a run of the model as it was captured shows, where that can be told from this."""
-        return None if lasts(program, self.changes, self.written) else self.shown
+    def stands_for(self, program: Program) -> dict[bool, Shown]:
+        """Mode -> what a run of the model as it was captured shows, where this can tell it."""
+        return {} if lasts(program, self.changes, self.written) else self.shown
 
     def statistics(self, program: Program) -> dict[Call, tuple[Tensor, Tensor]] | None:
         """The moments by the calls of the program's first graph; None if they don't fit."""
