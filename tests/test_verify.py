@@ -16,7 +16,7 @@ from pathlift.capture.model import capture
 from pathlift.capture.shown import lasts
 from pathlift.homes.module import ModuleHome
 from pathlift.homes.snapshot import Snapshot
-from pathlift.verify import largest_change, outputs
+from pathlift.verify import View, largest_change
 
 
 class Clipped(nn.Module):
@@ -227,7 +227,7 @@ def test_when_a_call_may_see_what_the_one_before_has_left(
     with Snapshot(model) as before:
         model(x)
         assert lasts(program, before.changed(), before.written()) == expected
-    runs = outputs(ModuleHome(model), program)
+    runs = View(ModuleHome(model), program).look()
     assert runs is not None
     assert len(runs) == (3 if expected else 2)
 

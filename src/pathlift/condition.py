@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
-from pathlift.capture.shown import Rehearsal, Shown
+from pathlift.capture.shown import Rehearsal
 from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
 from pathlift.collector import uncollected
 from pathlift.criteria import Criterion, as_criterion, path_kernel
@@ -34,7 +34,7 @@ from pathlift.tensors.extents import Extent
 from pathlift.tensors.state import Optimizers, holding_state
 from pathlift.timing import timed
 from pathlift.verdict import facts_of, in_one_line, optimizer_kind
-from pathlift.verify import Applied, Outputs, compared, looked, moved_buffers, outputs, taken_back
+from pathlift.verify import Applied, Outputs, View, compared, looked, moved_buffers, taken_back
 
 
 @apart
@@ -165,15 +165,11 @@ def condition_home(
     seconds = {"capture": 0.0, "symmetry": 0.0} | seconds
     found = solved(known, settings, seconds)
     assembled, solution, extents = found.assembled, found.solution, found.extents
-    moved = moved_buffers(group, program)
-
-    def look(borrowed: Mapping[bool, Shown] | None = None) -> Outputs | None:
+    view = View(home, program, moved_buffers(group, program), first)
+    before = None
+    if settings.verify:
         with timed(seconds, "verify"):
-            return outputs(home, program, moved, first=borrowed) if settings.verify else None
-
-    same = first is not None and home.model is home.structure
-    borrowed = first.stands_for(program) if first is not None and same else {}
-    before = look(borrowed)
+            before = view.look()
     how = rounding(
         settings.exact,
         optimizer=settings.optimizer,
@@ -192,9 +188,9 @@ def condition_home(
         pinned = known.batch_norm == "pinned"
         # Statistics that move along are exact up to the norm's eps only.
         slack = 1.0 if pinned else 100.0
-        return Applied(home, program, group, scales, undo, how.exact and pinned, slack)
+        return Applied(view, group, scales, undo, how.exact and pinned, slack)
 
-    how, made, change = kept(how, apply, before, seconds, look if borrowed else None)
+    how, made, change = kept(how, apply, view, before, seconds)
     behind = behind_stand_ins(program, found.approximated)
     warned = cautions(group, program, assembled, solution, made.scales, behind, settings.canonical)
     report = summarised(group, found, made.scales, change, seconds)
@@ -252,15 +248,11 @@ def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> 
 def kept(
     how: Rounding,
     apply: Callable[[Rounding], Applied],
+    view: View,
     before: Outputs | None,
     seconds: dict[str, float],
-    look: Callable[[], Outputs | None] | None = None,
 ) -> tuple[Rounding, Applied, float | None]:
     """Apply scales and look at the outputs, a second time where the default rounding fails.
-
-    Args:
-        look: runs the model anew where what it showed before was seen during the capture: watched,
-            it may have run by other kernels.
 
     Returns:
         The rounding that stays, what was applied, and the largest change of an output.
@@ -282,9 +274,12 @@ def kept(
         made = apply(how)
         with timed(seconds, "verify"):
             now = looked(made, before)
-    if look is not None and made.fails(before, now):
-        made.undo()
-        return kept(asked, apply, look(), seconds)
+    if view.shown and made.fails(before, now):
+        made.undo()  # watched during its capture, the model may have run by other kernels
+        view.forget()
+        with timed(seconds, "verify"):
+            before = view.look()
+        return kept(asked, apply, view, before, seconds)
     with timed(seconds, "verify"):
         return how, made, compared(made, before, now)
 

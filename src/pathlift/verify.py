@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from pathlift.blame import explained, smallest
 from pathlift.capture.inputs import rolled
 from pathlift.capture.program import Inputs, Program, symbols_in
-from pathlift.capture.shown import Shown, lasts, seed, shown
+from pathlift.capture.shown import Rehearsal, Shown, lasts, seed, shown
 from pathlift.errors import RangeError, VerificationError
 from pathlift.homes.home import Home
 from pathlift.homes.snapshot import Snapshot
@@ -41,18 +41,100 @@ TOLERANCES = {
 }
 
 
+def moved_buffers(group: RescalingGroup, program: Program) -> frozenset[str]:
+    """Buffers that a group rescales: running statistics in its ``"invariant"`` form."""
+    return frozenset(n for n in group.parameters if n in program.buffers)
+
+
+class View:
+    """The real model, run and put back: what it shows in both modes, before and after.
+
+    The model's own mode is run on the example inputs, the other mode on other values. Where a call
+    may see what the one before has left, or other values make it another one, the model's own mode
+    is run twice in a row, the second time on other values, and the other mode after it; else each
+    mode is run from the model as it is.
+
+    Args:
+        home, program: the model, and what is known of it.
+        moved: names of buffers that the rescaling moves, which are not compared.
+        first: the capture's own runs, if nothing has changed since.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        program: Program,
+        moved: frozenset[str] = frozenset(),
+        first: Rehearsal | None = None,
+    ) -> None:
+        self.home, self.program, self.moved = home, program, moved
+        self._written = [program.parameters[n] for n in program.written if n in program.parameters]
+        # One serves for all looks where none of what it remembers is rescaled in between.
+        self._lasting = not moved and not self._written and home.model is home.structure
+        self._snapshot: Snapshot | None = None
+        self.shown: Mapping[bool, Shown] = {}
+        if first is not None and self._lasting:
+            self.shown, self._snapshot = first.stands_for(program), first.snapshot
+
+    def forget(self) -> None:
+        """What the capture has shown, so that the next look is a new one."""
+        self.shown, self._snapshot = {}, None
+
+    def look(self, before: Outputs | None = None) -> Outputs | None:
+        """What the model shows now; None if there is no model to run.
+
+        Args:
+            before: what it showed before, by as many runs; None: by as many as it takes.
+        """
+        model, program = self.home.model, self.program
+        if model is None:
+            return None
+        known = self.shown if before is None else {}
+        found: Outputs = []
+        skipped = frozenset(id(b) for n, b in program.buffers.items() if n in self.moved)
+        modes = list(dict.fromkeys(g.training for g in program.graphs))
+        with plain_arithmetic(), self._snapshot or Snapshot(model, self._written) as start:
+            if self._lasting:
+                self._snapshot = start
+
+            def show(inputs: Inputs, instead: Inputs) -> None:
+                seed(model)
+                seen = shown(model, _run(model, inputs, instead))
+                found.append(seen.without(skipped, program.derived))
+
+            for mode in modes:
+                inputs = program.examples.get(mode, program.inputs)
+                if mode in known:
+                    found.append(known[mode].without(skipped, program.derived))
+                elif mode != program.training:
+                    model.train(mode)
+                    show(rolled(inputs), inputs)
+                else:
+                    show(inputs, inputs)
+                    if before is None:
+                        again = lasts(program, start.changed(), start.written())
+                    else:
+                        again = len(before) > len(modes)
+                    if again:
+                        show(rolled(inputs), inputs)
+                    elif mode != modes[-1]:
+                        start.restore()
+        self.home.settle()
+        return found
+
+
 @dataclass(frozen=True)
 class Applied:
     """Scales of a group that a home's parameters were just multiplied by.
 
     Attributes:
+        view: of the model.
         undo: takes them back.
         exact: whether every bit has to be kept.
         slack: by how much a relative change may exceed :data:`TOLERANCES` where it is not exact.
     """
 
-    home: Home
-    program: Program
+    view: View
     group: RescalingGroup
     scales: NDArray[Any]
     undo: Undo
@@ -60,9 +142,14 @@ class Applied:
     slack: float = 1.0
 
     @property
-    def moved(self) -> frozenset[str]:
-        """Buffers that the rescaling moves, which are not compared."""
-        return moved_buffers(self.group, self.program)
+    def home(self) -> Home:
+        """Where the parameters are."""
+        return self.view.home
+
+    @property
+    def program(self) -> Program:
+        """What is known of the model."""
+        return self.view.program
 
     def times(self, before: Outputs, now: Outputs) -> float:
         """The largest change on any process, in units of what rounding may change."""
@@ -75,72 +162,6 @@ class Applied:
         return self.times(before, now) > 1
 
 
-def moved_buffers(group: RescalingGroup, program: Program) -> frozenset[str]:
-    """Buffers that a group rescales: running statistics in its ``"invariant"`` form."""
-    return frozenset(n for n in group.parameters if n in program.buffers)
-
-
-def outputs(
-    home: Home,
-    program: Program,
-    moved: frozenset[str] = frozenset(),
-    *,
-    first: Mapping[bool, Shown] | None = None,
-    runs: int | None = None,
-) -> Outputs | None:
-    """What the real model shows in both modes; the model is left as it was.
-
-    The model's own mode is run on the example inputs, the other mode on other values. Where a call
-    may see what the one before has left, or other values make it another one, the model's own mode
-    is run twice in a row, the second time on other values, and the other mode after it; else each
-    mode is run from the model as it is.
-
-    None if there is no model to run.
-
-    Args:
-        moved: names of buffers that the rescaling moves, which are not compared.
-        first: mode -> what the run in it shows, if it is known.
-        runs: how many runs to make, as before; None: as many as it takes.
-    """
-    model = home.model
-    if model is None:
-        return None
-    found: Outputs = []
-    first = first or {}
-    own = program.training
-    modes = list(dict.fromkeys(g.training for g in program.graphs))
-    skipped = frozenset(id(b) for n, b in program.buffers.items() if n in moved)
-    # What a snapshot puts back includes the grad mode that it was made in.
-    written = [program.parameters[n] for n in program.written if n in program.parameters]
-    with torch.no_grad(), plain_arithmetic(), Snapshot(model, written) as before:
-
-        def look(inputs: Inputs, instead: Inputs) -> None:
-            seed(model)
-            seen = shown(model, _run(model, inputs, instead))
-            found.append(seen.without(skipped, program.derived))
-
-        for mode in modes:
-            inputs = program.examples.get(mode, program.inputs)
-            if mode in first:
-                found.append(first[mode].without(skipped, program.derived))
-            elif mode != own:
-                model.train(mode)
-                look(rolled(inputs), inputs)
-            else:
-                look(inputs, inputs)
-                if runs is None:
-                    again = lasts(program, before.changed(), before.written())
-                else:
-                    again = runs > len(modes)
-                if again:
-                    look(rolled(inputs), inputs)
-                else:
-                    before.restore()
-        before.restore()
-    home.settle()
-    return found
-
-
 def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
     """The model's output; other values may not fit a model (offsets, lengths): then ``instead``."""
     for k, one in enumerate((inputs, instead)):
@@ -148,7 +169,8 @@ def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
             Tensor, lambda t: t.detach().clone(), (one.args, one.kwargs)
         )
         try:
-            with callers_device():
+            # Within: what a snapshot puts back includes the grad mode that it was made in.
+            with torch.no_grad(), callers_device():
                 return model(*args, **kwargs)
         except Exception as error:
             if k or inputs is instead:
@@ -211,7 +233,7 @@ def taken_back(applied: Applied, before: Outputs, now: Outputs) -> tuple[float, 
 
 
 def _now(applied: Applied, before: Outputs) -> Outputs:
-    now = outputs(applied.home, applied.program, applied.moved, runs=len(before))
+    now = applied.view.look(before)
     assert now is not None
     return now
 

@@ -119,6 +119,8 @@ class _Session:
         self.made: list[dict[Symbol, str]] = []
         self.stale = False
         self.rehearsal = rehearsal
+        if rehearsal is not None:
+            rehearsal.snapshot = before
         # Whether a real run in the model's own mode calls more than was recorded, or may.
         self.reads = True
 

@@ -23,7 +23,7 @@ from pathlift.capture.program import (
 )
 from pathlift.capture.schemas import bound_arguments, plan_of
 from pathlift.capture.witness import Run
-from pathlift.homes.snapshot import Change
+from pathlift.homes.snapshot import Change, Snapshot
 from pathlift.operations.moments import averages_batches, batch_moments
 
 
@@ -87,11 +87,13 @@ class Rehearsal:
         shown: mode -> what that run showed, from the random numbers of :func:`seed`; without a mode
             where a run that is watched need not be one that is not.
         changes, written: what the run in the model's own mode changed, as a snapshot says it.
+        snapshot: of the model as it was.
         moments: of what batch norms were given in it, in the order of their calls.
     """
 
     def __init__(self) -> None:
         self.shown: dict[bool, Shown] = {}
+        self.snapshot: Snapshot | None = None
         self.changes: list[Change] = []
         self.written: set[int] = set()
         self.moments: list[tuple[Tensor, Tensor]] = []
