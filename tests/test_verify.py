@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 import pathlift
 from pathlift.blame import smallest
-from pathlift.verify import largest_change
+from pathlift.capture.model import capture
+from pathlift.capture.shown import lasts
+from pathlift.homes.module import ModuleHome
+from pathlift.homes.snapshot import Snapshot
+from pathlift.verify import View, largest_change
 
 
 class Clipped(nn.Module):
@@ -154,3 +158,89 @@ def test_what_a_run_leaves_behind_is_put_back() -> None:
     assert model.last is None and model.sizes is sizes and sizes == {}
     assert torch.equal(model.norm.running_mean, statistics)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_run_that_was_watched_need_not_be_one_that_is_not() -> None:
+    class Modes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x))) * (1.5 if torch.is_grad_enabled() else 1.0)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3)
+    for exact in (True, None):
+        report = pathlift.condition_(Modes(), x, exact=exact)
+        assert bool(report.log2_scales.any())
+        assert report.max_output_change < 1e-6
+
+
+class Stateful(nn.Module):
+    """Two layers and a norm; ``what`` is done with what a call leaves."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        self.what, self.calls = what, 0
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.relu(self.norm(self.a(x))))
+        if self.what == "counts":
+            self.count += 1
+        elif self.what == "counts into another":
+            self.count += 1
+            self.last += self.count
+        elif self.what == "adds what was last":
+            x = x + self.last
+            self.last.copy_(x.detach().mean(0))
+        elif self.what == "keeps a tensor":
+            self.kept = x.detach()
+        elif self.what == "fails from the second call on":
+            self.calls += 1
+            if self.calls > 1:
+                x = x + self.b.weight.square().sum()
+        return x
+
+
+@pytest.mark.parametrize(
+    ("what", "training", "expected"),
+    [
+        ("nothing", True, False),
+        ("nothing", False, False),
+        ("counts", True, False),
+        ("counts into another", True, True),
+        ("adds what was last", True, True),
+        ("adds what was last", False, True),
+        ("keeps a tensor", False, True),
+    ],
+)
+def test_when_a_call_may_see_what_the_one_before_has_left(
+    what: str, training: bool, expected: bool
+) -> None:
+    torch.manual_seed(0)
+    model, x = Stateful(what).train(training), torch.randn(5, 3)
+    program = capture(model, x)
+    with Snapshot(model) as before:
+        model(x)
+        assert lasts(program, before.changed(), before.written()) == expected
+    runs = View(ModuleHome(model), program).look()
+    assert runs is not None
+    assert len(runs) == (3 if expected else 2)
+
+
+def test_what_only_a_second_call_does_is_seen() -> None:
+    torch.manual_seed(0)
+    model, x = Stateful("nothing"), torch.randn(5, 3)
+    with torch.no_grad():
+        model.norm.weight.mul_(torch.linspace(0.1, 30, 8))
+    conditioned = pathlift.Conditioner(model, x)
+    model.what = "fails from the second call on"
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(pathlift.VerificationError, match="differ by up to"):
+        conditioned.condition_(exact=True)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert model.calls == 0

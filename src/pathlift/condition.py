@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
+from pathlift.capture.shown import Rehearsal
 from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
 from pathlift.collector import uncollected
 from pathlift.criteria import Criterion, as_criterion, path_kernel
@@ -33,7 +34,7 @@ from pathlift.tensors.extents import Extent
 from pathlift.tensors.state import Optimizers, holding_state
 from pathlift.timing import timed
 from pathlift.verdict import facts_of, in_one_line, optimizer_kind
-from pathlift.verify import Applied, Outputs, compared, moved_buffers, outputs, taken_back
+from pathlift.verify import Applied, Outputs, View, compared, looked, moved_buffers, taken_back
 
 
 @apart
@@ -108,10 +109,10 @@ def condition_(
     """
     chosen = as_criterion(criterion, reference)
     settings = Settings(chosen, exact, solver, tol, optimizer, verify, on_nothing)
-    home, seconds = home_of(model), dict[str, float]()
-    known = understood(home, example_inputs, batch_norm, seconds)
+    home, seconds, first = home_of(model), dict[str, float](), Rehearsal()
+    known = understood(home, example_inputs, batch_norm, seconds, first)
     home.refresh()
-    return condition_home(known, settings, seconds)
+    return condition_home(known, settings, seconds, first)
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,18 @@ class Understood:
 
 
 def understood(
-    home: Home, example_inputs: object, batch_norm: str, seconds: dict[str, float]
+    home: Home,
+    example_inputs: object,
+    batch_norm: str,
+    seconds: dict[str, float],
+    first: Rehearsal | None = None,
 ) -> Understood:
-    """Capture a home's structure and find its group; what that takes is added to ``seconds``."""
+    """Capture a home's structure and find its group; what that takes is added to ``seconds``.
+
+    ``first`` is filled with what the first real run shows.
+    """
     with timed(seconds, "capture"):
-        program = capture(home.structure, example_inputs, home.value)
+        program = capture(home.structure, example_inputs, home.value, rehearsal=first)
     with timed(seconds, "symmetry"):
         group = infer_group(program, batch_norm)
     return Understood(home, program, group, batch_norm)
@@ -137,7 +145,10 @@ def understood(
 
 @uncollected
 def condition_home(
-    known: Understood, settings: Settings, seconds: dict[str, float]
+    known: Understood,
+    settings: Settings,
+    seconds: dict[str, float],
+    first: Rehearsal | None = None,
 ) -> ConditioningReport:
     """The pipeline, over whichever home: coefficients, scales, the change, the look at outputs.
 
@@ -145,14 +156,20 @@ def condition_home(
         known: see :func:`understood`.
         settings: see :func:`condition_`.
         seconds: what capture and symmetry took; goes into the report.
+        first: what the first real run has shown, if nothing has changed since.
     """
+    if first is not None:
+        program = replace(known.program, statistics=first.statistics(known.program))
+        known = replace(known, program=program)
     home, program, group = known.home, known.program, known.group
     seconds = {"capture": 0.0, "symmetry": 0.0} | seconds
     found = solved(known, settings, seconds)
     assembled, solution, extents = found.assembled, found.solution, found.extents
-    with timed(seconds, "verify"):
-        moved = moved_buffers(group, program)
-        before = outputs(home, program, moved) if settings.verify else None
+    view = View(home, program, moved_buffers(group, program), first)
+    before = None
+    if settings.verify:
+        with timed(seconds, "verify"):
+            before = view.look()
     how = rounding(
         settings.exact,
         optimizer=settings.optimizer,
@@ -171,9 +188,9 @@ def condition_home(
         pinned = known.batch_norm == "pinned"
         # Statistics that move along are exact up to the norm's eps only.
         slack = 1.0 if pinned else 100.0
-        return Applied(home, program, group, scales, undo, how.exact and pinned, slack)
+        return Applied(view, group, scales, undo, how.exact and pinned, slack)
 
-    how, made, change = kept(how, apply, before, seconds)
+    how, made, change = kept(how, apply, view, before, seconds)
     behind = behind_stand_ins(program, found.approximated)
     warned = cautions(group, program, assembled, solution, made.scales, behind, settings.canonical)
     report = summarised(group, found, made.scales, change, seconds)
@@ -231,6 +248,7 @@ def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> 
 def kept(
     how: Rounding,
     apply: Callable[[Rounding], Applied],
+    view: View,
     before: Outputs | None,
     seconds: dict[str, float],
 ) -> tuple[Rounding, Applied, float | None]:
@@ -242,18 +260,28 @@ def kept(
     Raises:
         VerificationError: the outputs differ by more than they may; the model is as before.
     """
-    made = apply(how)
+    made, asked = apply(how), how
     if before is None:
         return how, made, None
+    with timed(seconds, "verify"):
+        now = looked(made, before)
     if not (how.exact or how.asked):
         with timed(seconds, "verify"):
-            change, times = taken_back(made, before)
+            change, times = taken_back(made, before, now)
         if times <= 1:
             return how, made, change
         how = instead(times)
         made = apply(how)
+        with timed(seconds, "verify"):
+            now = looked(made, before)
+    if view.shown and made.fails(before, now):
+        made.undo()  # watched during its capture, the model may have run by other kernels
+        view.forget()
+        with timed(seconds, "verify"):
+            before = view.look()
+        return kept(asked, apply, view, before, seconds)
     with timed(seconds, "verify"):
-        return how, made, compared(made, before)
+        return how, made, compared(made, before, now)
 
 
 def _advice(

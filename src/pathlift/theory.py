@@ -334,7 +334,8 @@ def expected_diagonal(
     >>> {n: float(g) for n, g in expected.items()}
     {'0.weight': 9.0, '2.weight': 4.0}
     """
-    program = _expected_program(capture(model, example_inputs), squares)
+    captured = capture(model, example_inputs, both=False)
+    program = _expected_program(captured, squares)
     values, shift, _ = diagonal(program, program.training)
     peak = max((float(g.max()) for g in values.values() if g.numel()), default=0.0)
     if peak > 0 and math.log2(peak) + shift >= 1024:

@@ -1,13 +1,14 @@
 """Before and after: everything the real model shows, and what is to blame when it differs.
 
-Both modes are looked at, the model's own mode over two calls in a row, the second on other values
-than the example's: state that a call leaves, and masks that an input decides, are seen too.
-Compared is everything that leaves: outputs of any kind, buffers, and tensors left in attributes.
+Both modes are looked at, one of them on other values than the example's; where a call may see what
+the one before has left, or other values make it another one, the model's own mode over two calls in
+a row. Compared is everything that leaves: outputs of any kind, buffers, and tensors left in
+attributes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathlift.blame import explained, smallest
-from pathlift.capture.inputs import tensors_in
-from pathlift.capture.names import attributes
+from pathlift.capture.inputs import rolled
 from pathlift.capture.program import Inputs, Program, symbols_in
+from pathlift.capture.shown import Rehearsal, Shown, lasts, seed, shown
 from pathlift.errors import RangeError, VerificationError
 from pathlift.homes.home import Home
 from pathlift.homes.snapshot import Snapshot
@@ -40,18 +41,100 @@ TOLERANCES = {
 }
 
 
+def moved_buffers(group: RescalingGroup, program: Program) -> frozenset[str]:
+    """Buffers that a group rescales: running statistics in its ``"invariant"`` form."""
+    return frozenset(n for n in group.parameters if n in program.buffers)
+
+
+class View:
+    """The real model, run and put back: what it shows in both modes, before and after.
+
+    The model's own mode is run on the example inputs, the other mode on other values. Where a call
+    may see what the one before has left, or other values make it another one, the model's own mode
+    is run twice in a row, the second time on other values, and the other mode after it; else each
+    mode is run from the model as it is.
+
+    Args:
+        home, program: the model, and what is known of it.
+        moved: names of buffers that the rescaling moves, which are not compared.
+        first: the capture's own runs, if nothing has changed since.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        program: Program,
+        moved: frozenset[str] = frozenset(),
+        first: Rehearsal | None = None,
+    ) -> None:
+        self.home, self.program, self.moved = home, program, moved
+        self._written = [program.parameters[n] for n in program.written if n in program.parameters]
+        # One serves for all looks where none of what it remembers is rescaled in between.
+        self._lasting = not moved and not self._written and home.model is home.structure
+        self._snapshot: Snapshot | None = None
+        self.shown: Mapping[bool, Shown] = {}
+        if first is not None and self._lasting:
+            self.shown, self._snapshot = first.stands_for(program), first.snapshot
+
+    def forget(self) -> None:
+        """What the capture has shown, so that the next look is a new one."""
+        self.shown, self._snapshot = {}, None
+
+    def look(self, before: Outputs | None = None) -> Outputs | None:
+        """What the model shows now; None if there is no model to run.
+
+        Args:
+            before: what it showed before, by as many runs; None: by as many as it takes.
+        """
+        model, program = self.home.model, self.program
+        if model is None:
+            return None
+        known = self.shown if before is None else {}
+        found: Outputs = []
+        skipped = frozenset(id(b) for n, b in program.buffers.items() if n in self.moved)
+        modes = list(dict.fromkeys(g.training for g in program.graphs))
+        with plain_arithmetic(), self._snapshot or Snapshot(model, self._written) as start:
+            if self._lasting:
+                self._snapshot = start
+
+            def show(inputs: Inputs, instead: Inputs) -> None:
+                seed(model)
+                seen = shown(model, _run(model, inputs, instead))
+                found.append(seen.without(skipped, program.derived))
+
+            for mode in modes:
+                inputs = program.examples.get(mode, program.inputs)
+                if mode in known:
+                    found.append(known[mode].without(skipped, program.derived))
+                elif mode != program.training:
+                    model.train(mode)
+                    show(rolled(inputs), inputs)
+                else:
+                    show(inputs, inputs)
+                    if before is None:
+                        again = lasts(program, start.changed(), start.written())
+                    else:
+                        again = len(before) > len(modes)
+                    if again:
+                        show(rolled(inputs), inputs)
+                    elif mode != modes[-1]:
+                        start.restore()
+        self.home.settle()
+        return found
+
+
 @dataclass(frozen=True)
 class Applied:
     """Scales of a group that a home's parameters were just multiplied by.
 
     Attributes:
+        view: of the model.
         undo: takes them back.
         exact: whether every bit has to be kept.
         slack: by how much a relative change may exceed :data:`TOLERANCES` where it is not exact.
     """
 
-    home: Home
-    program: Program
+    view: View
     group: RescalingGroup
     scales: NDArray[Any]
     undo: Undo
@@ -59,9 +142,14 @@ class Applied:
     slack: float = 1.0
 
     @property
-    def moved(self) -> frozenset[str]:
-        """Buffers that the rescaling moves, which are not compared."""
-        return moved_buffers(self.group, self.program)
+    def home(self) -> Home:
+        """Where the parameters are."""
+        return self.view.home
+
+    @property
+    def program(self) -> Program:
+        """What is known of the model."""
+        return self.view.program
 
     def times(self, before: Outputs, now: Outputs) -> float:
         """The largest change on any process, in units of what rounding may change."""
@@ -74,57 +162,6 @@ class Applied:
         return self.times(before, now) > 1
 
 
-def moved_buffers(group: RescalingGroup, program: Program) -> frozenset[str]:
-    """Buffers that a group rescales: running statistics in its ``"invariant"`` form."""
-    return frozenset(n for n in group.parameters if n in program.buffers)
-
-
-def outputs(home: Home, program: Program, moved: frozenset[str] = frozenset()) -> Outputs | None:
-    """What the real model shows in both modes; the model is left as it was.
-
-    None if there is no model to run.
-
-    Args:
-        moved: names of buffers that the rescaling moves, which are not compared.
-    """
-    model = home.model
-    if model is None:
-        return None
-    found: Outputs = []
-    own = program.training
-    # What a snapshot puts back includes the grad mode that it was made in.
-    written = [program.parameters[n] for n in program.written if n in program.parameters]
-    with torch.no_grad(), plain_arithmetic(), Snapshot(model, written) as before:
-        skipped = {id(b) for n, b in program.buffers.items() if n in moved}
-        skipped |= {id(p) for p in model.parameters()}
-        for mode in dict.fromkeys(g.training for g in program.graphs):
-            inputs = program.examples.get(mode, program.inputs)
-            rolled = _rolled(inputs)
-            for one in [inputs, rolled] if mode == own else [rolled]:
-                if mode != own:
-                    model.train(mode)
-                _seed(model)
-                out = _run(model, one, inputs)
-                own_tensors = attributes(model)
-                unseen = skipped.union(
-                    id(own_tensors[n]) for n in program.derived if n in own_tensors
-                )
-                left = [*model.buffers(), *own_tensors.values()]
-                seen = [*tensors_in(out), *(t for t in left if id(t) not in unseen)]
-                found.append([t.detach().clone() for t in seen if t.layout == torch.strided])
-            before.restore()
-    home.settle()
-    return found
-
-
-def _seed(model: nn.Module) -> None:
-    """The same random numbers for every run; the snapshot puts back the state."""
-    if all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers())):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed notes a traceback per device
-    else:
-        torch.manual_seed(0)
-
-
 def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
     """The model's output; other values may not fit a model (offsets, lengths): then ``instead``."""
     for k, one in enumerate((inputs, instead)):
@@ -132,7 +169,8 @@ def _run(model: nn.Module, inputs: Inputs, instead: Inputs) -> Any:
             Tensor, lambda t: t.detach().clone(), (one.args, one.kwargs)
         )
         try:
-            with callers_device():
+            # Within: what a snapshot puts back includes the grad mode that it was made in.
+            with torch.no_grad(), callers_device():
                 return model(*args, **kwargs)
         except Exception as error:
             if k or inputs is instead:
@@ -148,35 +186,28 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "").rstrip(".")
 
 
-def _rolled(inputs: Inputs) -> Inputs:
-    """Other values of the same range: every tensor's entries moved on by one."""
-
-    def rolled(tensor: Tensor) -> Tensor:
-        plain = tensor.layout == torch.strided and tensor.numel() > 1 and not tensor.is_quantized
-        return tensor.detach().roll(1) if plain else tensor
-
-    args, kwargs = pytree.tree_map_only(Tensor, rolled, (inputs.args, inputs.kwargs))
-    return Inputs(args, kwargs)
+def looked(applied: Applied, before: Outputs) -> Outputs:
+    """What the model shows now that scales are applied; they are taken back if it does not run."""
+    try:
+        return _now(applied, before)
+    except BaseException:
+        applied.undo()
+        raise
 
 
-def compared(applied: Applied, before: Outputs) -> float:
-    """The largest change of an output on any process, now that the scales are applied.
+def compared(applied: Applied, before: Outputs, now: Outputs) -> float:
+    """The largest change of an output on any process.
 
     Args:
         applied: the scales; taken back if anything fails.
         before: the outputs before.
+        now: the outputs with the scales applied.
 
     Raises:
         VerificationError: the outputs differ by more than they may; the model is as before.
     """
-    try:
-        now = _now(applied)
-        worst = applied.home.worst(largest_change(before, now))
-        fails = applied.fails(before, now)
-    except BaseException:
-        applied.undo()
-        raise
-    if not fails:
+    worst = applied.home.worst(largest_change(before, now))
+    if not applied.fails(before, now):
         return worst
     applied.undo()
     why = "all scales are powers of two" if applied.exact else "rounding explains far less"
@@ -187,27 +218,22 @@ def compared(applied: Applied, before: Outputs) -> float:
     )
 
 
-def taken_back(applied: Applied, before: Outputs) -> tuple[float, float]:
+def taken_back(applied: Applied, before: Outputs, now: Outputs) -> tuple[float, float]:
     """Take continuous scales back where outputs change by more than rounding explains.
 
     Returns:
         The largest change of an output on any process, and the largest in units of what rounding
         may change; above 1, the scales were taken back.
     """
-    try:
-        now = _now(applied)
-        worst = applied.home.worst(largest_change(before, now))
-        times = applied.times(before, now)
-    except BaseException:
-        applied.undo()
-        raise
+    worst = applied.home.worst(largest_change(before, now))
+    times = applied.times(before, now)
     if times > 1:
         applied.undo()
     return worst, times
 
 
-def _now(applied: Applied) -> Outputs:
-    now = outputs(applied.home, applied.program, applied.moved)
+def _now(applied: Applied, before: Outputs) -> Outputs:
+    now = applied.view.look(before)
     assert now is not None
     return now
 
@@ -215,7 +241,7 @@ def _now(applied: Applied) -> Outputs:
 def _reason(applied: Applied, before: Outputs) -> str:
     """Why outputs differ, found by looking again with nothing and with parts of the scales."""
     home, scales = applied.home, applied.scales
-    again = home.worst(largest_change(before, _now(applied)))
+    again = home.worst(largest_change(before, _now(applied, before)))
     if again > 0:
         return (
             f"Forward is not deterministic: the unchanged model's outputs differ by up to "
@@ -230,7 +256,7 @@ def _reason(applied: Applied, before: Outputs) -> str:
         except RangeError:
             return False
         try:
-            return applied.fails(before, _now(applied))
+            return applied.fails(before, _now(applied, before))
         finally:
             undo()
 

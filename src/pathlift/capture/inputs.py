@@ -55,6 +55,16 @@ def doubled(inputs: Inputs) -> Inputs | None:
     return Inputs(args, kwargs)
 
 
+def rolled(inputs: Inputs) -> Inputs:
+    """Other values of the same range: every tensor's entries moved on by one."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        plain = tensor.layout == torch.strided and tensor.numel() > 1 and not tensor.is_quantized
+        return tensor.detach().roll(1) if plain else tensor
+
+    return Inputs(*pytree.tree_map_only(Tensor, moved, (inputs.args, inputs.kwargs)))
+
+
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 

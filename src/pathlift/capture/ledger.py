@@ -18,7 +18,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pathlift.capture.aliases import Root, Slot, Step, overwritten
-from pathlift.capture.program import Call, Graph, Symbol, call, symbols_in
+from pathlift.capture.program import (
+    Call,
+    Graph,
+    Symbol,
+    buffer_named,
+    call,
+    symbols_in,
+    written_into,
+)
 from pathlift.capture.refusals import ELSEWHERE
 from pathlift.capture.schemas import Plan, mapped, plan_of, tensors_of
 from pathlift.errors import CaptureError
@@ -96,7 +104,7 @@ class Ledger:
         slots = [s for _, s in self.external.values()]
         for slot in [*slots, *self._inputs]:
             if slot.root.version and slot.root.value is not None:
-                leaving.setdefault(slot.root.value, f"written into {slot.root.external}")
+                leaving.setdefault(slot.root.value, written_into(slot.root.external or ""))
         self._pin_shared_memory(leaving)
         return outputs, leaving, made
 
@@ -195,8 +203,7 @@ class Ledger:
         name = self.named.get(id(tensor))
         what = "a tensor kept outside forward"
         if name is not None:
-            kind = "parameter" if id(tensor) in self.parameters else "buffer"
-            what = f"{kind} '{name}'"
+            what = f"parameter '{name}'" if id(tensor) in self.parameters else buffer_named(name)
         elif _is_fake(tensor):
             raise CaptureError(ELSEWHERE)
         known = not (id(tensor) in self.parameters or id(tensor) in self.state or _is_fake(tensor))

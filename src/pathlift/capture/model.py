@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift import operations
 from pathlift.capture.fakes import Fakes
-from pathlift.capture.inputs import as_inputs, doubled, tensors_in
+from pathlift.capture.inputs import as_inputs, doubled, rolled, tensors_in
 from pathlift.capture.ledger import Ledger, graph_of
 from pathlift.capture.modes import below_autograd, quiet
 from pathlift.capture.names import attributes, check_model, module_paths, named_tensors
@@ -27,7 +27,8 @@ from pathlift.capture.program import Graph, Inputs, Program, Source, Symbol, flo
 from pathlift.capture.reads import Reads
 from pathlift.capture.record import Recorder
 from pathlift.capture.refusals import ELSEWHERE, differs, draws, explained, failed, not_recorded
-from pathlift.capture.witness import Witness, agree
+from pathlift.capture.shown import Rehearsal
+from pathlift.capture.witness import Run, Witness, agree
 from pathlift.collector import uncollected
 from pathlift.errors import CaptureError
 from pathlift.homes.snapshot import Snapshot
@@ -39,7 +40,12 @@ LOCK = threading.RLock()
 
 @uncollected
 def capture(
-    model: nn.Module, example_inputs: object, source: Source | None = None, *, both: bool = True
+    model: nn.Module,
+    example_inputs: object,
+    source: Source | None = None,
+    *,
+    both: bool = True,
+    rehearsal: Rehearsal | None = None,
 ) -> Program:
     """Record the operations of ``model`` on ``example_inputs``, in both modes.
 
@@ -48,7 +54,8 @@ def capture(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         source: where the values of parameters come from, if not from the model. Its parameters
             may then be on the meta device; no memory is taken for them.
-        both: False: in the model's own mode alone, for what is done in evaluation mode only.
+        both: False: in the model's own mode alone, for what asks of no other.
+        rehearsal: filled with what the first real runs show.
 
     Raises:
         ArgumentError: ``model`` or ``example_inputs`` has the wrong type.
@@ -59,7 +66,7 @@ def capture(
     parameters, buffers, aliases = named_tensors(model)
     with LOCK, quiet(), _fake_for_meta(model) as fake:
         before = Snapshot(model)
-        session = _Session(model, inputs, before, parameters, buffers, fake, both)
+        session = _Session(model, inputs, before, parameters, buffers, fake, both, rehearsal)
         try:
             with before:
                 graphs = tuple(session.graphs())
@@ -76,6 +83,7 @@ def capture(
         session.derived,
         frozenset(n for r in session.recorders for n in r.folded),
         frozenset(n for r in session.recorders for n in r.ledger.written_parameters()),
+        session.reads,
     )
 
 
@@ -91,6 +99,7 @@ class _Session:
         buffers: Mapping[str, Tensor],
         fake: Fakes,
         both: bool,
+        rehearsal: Rehearsal | None,
     ) -> None:
         self.model, self.inputs, self.before, self.fake = model, inputs, before, fake
         self.name = type(model).__name__
@@ -109,6 +118,11 @@ class _Session:
         # read one before it is made again.
         self.made: list[dict[Symbol, str]] = []
         self.stale = False
+        self.rehearsal = rehearsal
+        if rehearsal is not None:
+            rehearsal.snapshot = before
+        # Whether a real run in the model's own mode calls more than was recorded, or may.
+        self.reads = True
 
     def graphs(self) -> list[Graph]:
         """One graph per mode and per call that differs from the first."""
@@ -144,8 +158,11 @@ class _Session:
             for what, read in chance.items():
                 if read() != states[what]:
                     raise draws(self.name, what)
-            self.state |= self.before.written()
-            if any(not c.in_place and c.attribute != "training" for c in self.before.changed()):
+            written, changes = self.before.written(), self.before.changed()
+            self.state |= written
+            if mode == self.own and self.rehearsal is not None:
+                self.rehearsal.written, self.rehearsal.changes = written, changes
+            if any(not c.in_place and c.attribute != "training" for c in changes):
                 later[mode] = Snapshot(self.model, self.before.kept)
         finally:
             self.before.restore()
@@ -157,10 +174,12 @@ class _Session:
         if mode != self.own and (more := doubled(self.inputs)) is not None:
             tries.append(more)  # a batch norm in train mode refuses a batch of one
         for inputs in tries:
-            try:
-                return inputs, self._watched(mode, inputs)
-            except Exception:
-                self.before.restore()
+            others = mode != self.own and self.rehearsal is not None
+            for values in [rolled(inputs), inputs] if others else [inputs]:
+                try:
+                    return inputs, self._watched(mode, values)
+                except Exception:
+                    self.before.restore()
             try:
                 for parameter in self.floating.values():
                     self.before.keep(parameter)  # nobody watches what is written
@@ -183,13 +202,19 @@ class _Session:
         reads = Reads(lambda tensor: None, True, own)
         # Fast kernels: they change what is inside of an operation, not which one is called.
         fast = torch.backends.mkldnn.flags(enabled=torch._C._get_mkldnn_enabled())
+        first = None if self.recorders else self.rehearsal
+        run: Run = self.fake.run
+        if first is not None:
+            run = first.begun(self.model, run, mode == self.own)
         with (
             below_autograd(gradients=True),
             fast,
-            Witness(self.fake.run, self.before.keep) as witness,
+            Witness(run, self.before.keep) as witness,
             reads,
         ):
-            self.model(*copied.args, **copied.kwargs)
+            out = self.model(*copied.args, **copied.kwargs)
+        if first is not None:
+            first.ended(self.model, out, mode)
         return witness.seen
 
     def set_mode(self, mode: bool) -> None:
@@ -216,6 +241,8 @@ class _Session:
         runs.
         """
         graph = self._record(mode, inputs, start)
+        if mode == self.own and start is self.before:
+            self.reads = seen != self.recorders[-1].seen
         if not self.real or (seen is not None and agree(seen, self.recorders[-1].seen)):
             return [graph]
         try:

@@ -215,6 +215,10 @@ class Program:
         folded: buffers whose values went into the program: it was computed with them on the way, or
             Python looked at them.
         written: parameters that a call writes to.
+        reads: whether a real run in the model's own mode reads values that its record does not (a
+            library's checks), or can't be watched: then other values may make it do something else.
+        statistics: mean and variance of the inputs of batch norms on the example inputs, for the
+            weights that the model had when it was captured; None if they were not asked for.
     """
 
     graphs: tuple[Graph, ...]
@@ -227,6 +231,8 @@ class Program:
     derived: frozenset[str] = frozenset()
     folded: frozenset[str] = frozenset()
     written: frozenset[str] = frozenset()
+    reads: bool = True
+    statistics: Mapping[Call, tuple[Tensor, Tensor]] | None = None
 
     def value(self, name: str) -> Tensor:
         """The values of a parameter, to be read and then let go; not to be written to."""
@@ -253,6 +259,16 @@ class Program:
     def graph(self, training: bool) -> Graph:
         """The graph of the given mode."""
         return next((g for g in self.graphs if g.training == training), self.graphs[0])
+
+
+def buffer_named(name: str) -> str:
+    """How messages speak of a buffer."""
+    return f"buffer '{name}'"
+
+
+def written_into(what: str) -> str:
+    """Why a value leaves the model that is written into something from outside."""
+    return f"written into {what}"
 
 
 def _is_tensor(value: object) -> bool:

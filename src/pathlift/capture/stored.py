@@ -24,7 +24,7 @@ from pathlift.checkpoint.reading import open_checkpoint
 from pathlift.checkpoint.writing import Shard, as_bytes, write_file
 from pathlift.errors import CheckpointError
 
-_FORMAT = "1"
+_FORMAT = "2"
 # Kinds of values that JSON has no word for -> what torch calls them.
 _NAMED: dict[str, type] = {
     "dtype": torch.dtype,
@@ -51,6 +51,7 @@ def save(path: Path, program: Program, like: Likeness) -> None:
             "derived": sorted(program.derived),
             "folded": sorted(program.folded),
             "written": sorted(program.written),
+            "reads": program.reads,
             "like": like,
             "symbols": writer.symbols,
         }
@@ -90,6 +91,7 @@ def load(path: Path, model: nn.Module) -> Program:
         frozenset(read["derived"]),
         folded,
         frozenset(read["written"]),
+        read["reads"],
     )
     return rebound(program, model)
 

@@ -20,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pathlift.capture.refusals import HigherOrder
 from pathlift.capture.schemas import bound_arguments, plan_of, tensors_of
 
+# Calls an operation with its arguments.
+Run = Callable[[Any, Any, Any], Any]
+
 _COMPILER = "torch._dynamo"
 
 # Questions about a tensor, and calls that PyTorch makes for tensors of one kind only.
@@ -98,9 +101,7 @@ class Witness(Watch):
         writing: called with every tensor that is about to be written.
     """
 
-    def __init__(
-        self, run: Callable[[Any, Any, Any], Any], writing: Callable[[Tensor], None]
-    ) -> None:
+    def __init__(self, run: Run, writing: Callable[[Tensor], None]) -> None:
         super().__init__()
         self.run, self.writing = run, writing
 

@@ -163,18 +163,19 @@ def diagonal(
     with torch.enable_grad():
         result = lifted_pass(program, training, 2, strict, dtype)
         names = list(result.parameters)
+        reused = {n for n in names if _reused(program, training, n)}
         grads: Sequence[Tensor | None] = [None] * len(names)
         if result.total.requires_grad:
             grads = torch.autograd.grad(
                 result.total,
                 [result.parameters[n] for n in names],
                 allow_unused=True,
-                create_graph=True,
+                create_graph=bool(reused),
             )
         for name, gradient in zip(names, grads, strict=True):
             u = result.parameters[name]
             g = torch.zeros_like(u) if gradient is None else gradient.detach()
-            if gradient is not None and _reused(program, training, name):
+            if gradient is not None and name in reused:
                 g = g + u.detach() * _second_derivatives(gradient, u)
             found[name] = dense(rescaled(g, result.units[name]))
     return found, result.shift, result.approximated

@@ -47,7 +47,7 @@ class PathNorm:
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not 1 <= p < math.inf:
             raise ArgumentError(f"p must be a finite number of at least 1; found {p!r}.")
         self.p = p
-        self._program = capture(model, example_inputs)
+        self._program = capture(model, example_inputs, both=False)
 
     @apart
     def __call__(self) -> Tensor:
@@ -200,7 +200,7 @@ def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, 
     >>> {n: float(g) for n, g in pathlift.path_kernel_diagonal(model, x).items()}
     {'0.weight': 9.0, '2.weight': 4.0}
     """
-    program = capture(model, example_inputs)
+    program = capture(model, example_inputs, both=False)
     found, shift, _ = diagonal(program, program.training, repeats=True)
     peak = max((float(g.max()) for g in found.values() if g.numel()), default=0.0)
     if peak > 0 and math.log2(peak) + shift >= 1024:
@@ -209,10 +209,10 @@ def path_kernel_diagonal(model: nn.Module, example_inputs: object) -> dict[str, 
             f"network first, or use condition_, which works up to a common factor."
         )
     half = int(shift) // 2  # in two steps: either factor alone stays in range
-    return {
-        n: (g * 2.0**half * 2.0 ** (int(shift) - half)).to(program.parameters[n].device)
-        for n, g in found.items()
-    }
+    for factor in (2.0**half, 2.0 ** (int(shift) - half)):
+        if factor != 1:
+            found = {n: g * factor for n, g in found.items()}
+    return {n: g.to(program.parameters[n].device) for n, g in found.items()}
 
 
 def imbalance(diagonal: Mapping[str, Tensor]) -> float:

@@ -30,9 +30,11 @@ def _power(
     x = _placed(q, device, dtype)
     if unit:
         x = x * 2.0**-unit
-    if p == 2:  # in place where this is a copy
-        return (x.square() if x.data_ptr() == q.data_ptr() else x.square_()), unit
-    return x.abs() ** p, unit
+    copy = x.data_ptr() != q.data_ptr()
+    if p == 2:
+        return (x.square_() if copy else x.square()), unit
+    x = x.abs_() if copy else x.abs()
+    return (x if p == 1 else x.pow_(p)), unit
 
 
 class KeptParameters:

@@ -132,7 +132,7 @@ def list_paths(model: nn.Module, example_inputs: object, *, max_paths: int = 100
     """
     if isinstance(max_paths, bool) or not isinstance(max_paths, int) or max_paths < 1:
         raise ArgumentError(f"max_paths must be a positive integer; found {max_paths!r}.")
-    program = capture(model, example_inputs)
+    program = capture(model, example_inputs, both=False)
     graph = program.graph(program.training)
     columns, theta = _joined_parameters(program)
     context = Listing(max_paths, graph.batch or 1, lambda: _total(program))

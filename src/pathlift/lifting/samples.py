@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift.capture.program import Call, Graph, Program, Symbol, call
 from pathlift.capture.walk import walk
+from pathlift.operations.moments import batch_moments
 from pathlift.operations.normalization import epsilon, is_batch_norm
 from pathlift.surroundings import plain_arithmetic
 
@@ -36,6 +37,8 @@ def batch_statistics(program: Program, training: bool) -> Statistics:
     untouched = [k for k, c in enumerate(graph.calls) if _untouched(program, graph, c)]
     if not untouched:
         return {}
+    if program.statistics is not None and all(x is _varied(x) for x in _inputs(program)):
+        return {graph.calls[k]: program.statistics[graph.calls[k]] for k in untouched}
     start = dataclasses.replace(
         graph, calls=graph.calls[: untouched[-1] + 1], outputs=(), leaving={}
     )
@@ -99,9 +102,7 @@ class _Values:
 
     def __init__(self, program: Program, wanted: set[Call], found: Statistics) -> None:
         self.program, self.wanted, self.found = program, wanted, found
-        inputs = program.inputs
-        leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
-        self.inputs = [_varied(t) for t in leaves if isinstance(t, Tensor)]
+        self.inputs = [_varied(t) for t in _inputs(program)]
 
     def source(self, graph: Graph, symbol: Symbol) -> Any:
         """A parameter, buffer, input or constant."""
@@ -126,9 +127,14 @@ class _Values:
             k: v.clone() if k in averages and v is not None else v for k, v in arguments.items()
         }
         if one in self.wanted:
-            self.found[one] = _of_batch(arguments)
+            self.found[one] = batch_moments(arguments)
         result = call(one.target, arguments)
         return list(result) if one.several else [result]
+
+
+def _inputs(program: Program) -> list[Tensor]:
+    leaves = pytree.tree_leaves((program.inputs.args, program.inputs.kwargs))
+    return [t for t in leaves if isinstance(t, Tensor)]
 
 
 def _varied(tensor: Tensor) -> Tensor:
@@ -140,12 +146,3 @@ def _varied(tensor: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
     return noise.to(tensor.device, tensor.dtype)
-
-
-def _of_batch(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    x = arguments["input"].to(torch.float64)
-    dims = [d for d in range(x.dim()) if d != 1]
-    variance, mean = torch.var_mean(x, dims, correction=0)
-    varies = variance > 1e-12 * mean.square()
-    old_mean, old_variance = (arguments[k] for k in ("running_mean", "running_var"))
-    return torch.where(varies, mean, old_mean), torch.where(varies, variance, old_variance)

@@ -18,6 +18,7 @@ from pathlift.lifting.tables import Listing, Table, constant
 from pathlift.lifting.values import Lifted, Squares
 from pathlift.operations.contraction import with_bias
 from pathlift.operations.gains import lifted, table
+from pathlift.operations.moments import averages_batches
 from pathlift.operations.table import NoPaths, Operation, define
 from pathlift.symmetry.scales import Form, Value
 
@@ -25,12 +26,8 @@ _NO_STATISTICS = NoPaths("it divides by statistics of its input, which makes no 
 
 
 def is_batch_norm(call: Call) -> bool:
-    """Whether the call reads running statistics that may be rescaled along with its input.
-
-    Instance norms are none: they have their own switch for what they divide by.
-    """
-    arguments = call.arguments
-    return arguments.get("running_mean") is not None and "use_input_stats" not in arguments
+    """See :func:`pathlift.operations.moments.averages_batches`."""
+    return averages_batches(call.arguments)
 
 
 def epsilon(call: Call) -> float:

@@ -58,7 +58,7 @@ class PathSGD(optim.Optimizer):
                 f"lr must be positive, every at least 1 and eps not negative; found lr={lr!r}, "
                 f"every={every!r}, eps={eps!r}."
             )
-        self._program = capture(check_model(model), example_inputs)
+        self._program = capture(check_model(model), example_inputs, both=False)
         trainable = {n: p for n, p in self._program.parameters.items() if p.requires_grad}
         self._names = {p: n for n, p in trainable.items()}
         self._every, self._eps, self._steps = every, eps, 0
