@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pathlift
@@ -22,6 +23,14 @@ class Doubles(TorchDispatchMode):
     """A mode under which everything is twice what it is."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out * 2 if isinstance(out, Tensor) and out.is_floating_point() else out
+
+
+class DoublesFunctions(TorchFunctionMode):
+    """The same, of functions."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         return out * 2 if isinstance(out, Tensor) and out.is_floating_point() else out
 
@@ -44,6 +53,7 @@ AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "a mode": Doubles,
+    "a function mode": DoublesFunctions,
     "anomaly detection": lambda: torch.autograd.detect_anomaly(check_nan=True),
     "the default device": lambda: torch.device("cpu"),
 }

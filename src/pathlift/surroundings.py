@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pathlift.errors import ArgumentError
@@ -53,20 +55,27 @@ def _plain() -> Iterator[None]:
     if _callers.get() is not None:
         yield
         return
-    device = torch.get_default_device()
-    token = _callers.set(device)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(_disable_current_modes())
-            stack.enter_context(plain_arithmetic())
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.no_grad())
-            if device != _HOST:
-                stack.enter_context(_HOST)
-            yield
-    finally:
-        _callers.reset(token)
+    with ExitStack() as stack:
+        # The default device is one of the function modes. A second one on top would not do: up to
+        # torch 2.6 the outer one wins.
+        device = _HOST
+        while torch._C._len_torch_function_stack():
+            mode = _pop_function_mode()
+            stack.callback(torch._C._push_on_torch_function_stack, mode)
+            if isinstance(mode, DeviceContext) and device == _HOST:
+                device = mode.device
+        stack.callback(_callers.reset, _callers.set(device))
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(plain_arithmetic())
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        yield
+
+
+def _pop_function_mode() -> TorchFunctionMode:
+    mode: TorchFunctionMode = torch._C._pop_torch_function_stack()
+    return mode
 
 
 @contextmanager

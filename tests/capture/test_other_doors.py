@@ -340,8 +340,8 @@ WORDS = {
     "an operation without shapes": "register_fake",
     "rows where something holds": "depends on values",
     "a gradient": "derivatives are not followed",
-    "a branch as an operation": "higher-order operation 'cond'",
-    "jagged tensors": "nested tensors",
+    "a branch as an operation": "higher-order operation 'cond'|rule registered for HOP cond",
+    "jagged tensors": "nested tensors|on fake tensors",
     "another thread": "in another thread",
     "threads": "thread",
 }
