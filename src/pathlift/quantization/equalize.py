@@ -27,7 +27,7 @@ from pathlift.quantization.measure import measure, run, squared_error
 from pathlift.quantization.report import EqualizationReport, LayerRow, Spread, spread_of
 from pathlift.quantization.search import Asked, bounds, names_of, search
 from pathlift.quantization.terms import Term
-from pathlift.quantization.trial import apply_best_
+from pathlift.quantization.trial import Trials, apply_best_
 from pathlift.solve.matrix import Array
 from pathlift.surroundings import apart
 from pathlift.symmetry.group import infer_group
@@ -155,14 +155,17 @@ def _equalized(
         names, times = names_of(found, group), 2 if asked.coarse else 1
         measured = measure(model, program, found, names, batches, times)
     with timed(seconds, "solve"):
-        result = search(found, group, measured, asked, bounds(program, group))
+        limits = bounds(program, group)
+        result = search(found, group, measured, asked, limits)
     spreads = {one.name: spread_of(one.parameter, channel_axis(one.module)) for one in found}
     with timed(seconds, "try"):
-        scales, tried = apply_best_(
-            model, found, program, group, result.scales, before, asked, bool(measured.inputs)
-        )
-        errors = result.errors(scales)
-        each = result.errors(result.scales[0]).each(result.scales[0]), errors.each(scales)
+        both = bool(measured.inputs)
+        trials = Trials(model, program, group, found, before, asked, both)
+        none, errors = trials.scales, result.errors(trials.scales)
+        first = errors.each(none)
+        apply_best_(trials, result.scales, limits, result.draws)
+        scales = trials.scales
+        each = first, result.errors(scales).each(scales)
     with timed(seconds, "verify"):
         after = run(model, program.inputs)
         change = _checked_change(before, after)
@@ -182,7 +185,7 @@ def _equalized(
         spreads=spreads,
         counts=(len(folded), replaced, absorbed),
         changes=(change, change_absorbed, change_relu6),
-        tried=[decibels(_power(before), error) for error in tried],
+        tried=[decibels(_power(before), error) for error in trials.errors],
         evaluations=result.evaluations,
         seconds=seconds,
     )

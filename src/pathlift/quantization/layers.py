@@ -61,7 +61,7 @@ def weights(model: nn.Module) -> Iterator[Weight]:
         for name, parameter in module._parameters.items():
             if parameter is None or "weight" not in name or id(parameter) in seen:
                 continue
-            if parameter.dim() > 1 and parameter.is_floating_point():
+            if parameter.dim() > 1 and parameter.numel() and parameter.is_floating_point():
                 seen.add(id(parameter))
                 yield Weight(f"{path}.{name}" if path else name, module, parameter)
 

@@ -13,7 +13,7 @@ from pathlift.quantization.formats import Format
 from pathlift.quantization.layers import Convolution, Weight, channel_axis
 from pathlift.quantization.measure import Measured
 from pathlift.quantization.objective import STAGES, Errors
-from pathlift.quantization.terms import Term, input_scales, term, thinned
+from pathlift.quantization.terms import Term, flattened, input_scales, term, thinned
 from pathlift.solve.bounds import extent_bounds
 from pathlift.solve.matrix import Array
 from pathlift.symmetry.group import RescalingGroup
@@ -23,10 +23,13 @@ _BIASES = ("shrink", "ignore")
 _RELU6 = ("keep", "relu", "per-channel")
 # From this many steps on hardly an entry becomes 0; below, rounds of the search.
 _FINE = 50.0
+# Whatever weights are rounded to, activations (which range over biases) mostly have 8 bits.
+_STEPS_OF_BIASES = 255.0
 _ROUNDS = 3
-# Parts of the way to the least error are tried as well where a prediction is a guide only, and in
-# models of no more entries than this, where one rounding is a draw and trying costs little.
-_SMALL, _PARTS = 1 << 20, (0.5, 0.75)
+# Powers of the sensitivities that are tried, and parts of the way to the least error; the latter
+# also in models of no more entries than this, where one rounding is a draw and trying costs little.
+_POWERS, _PARTS, _SMALL = (0.5, 0.0), (0.5, 0.75), 1 << 20
+_DRAWS = 32
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def terms_of(
         if one.bias in measured.sensitivity and not both and asked.biases == "shrink":
             values, matters = one.module._parameters["bias"], measured.sensitivity[one.bias]
             assert values is not None
-            terms.append(term(group.parameters[one.bias], "bias", values, matters, steps=plain))
+            spec = group.parameters[one.bias]
+            terms.append(term(spec, "bias", values, matters, steps=_STEPS_OF_BIASES))
         if name in measured.inputs and asked.strength:
             groups = one.module.groups if isinstance(one.module, Convolution) else 1
             inner = None if channel_axis(one.module) == 1 else input_scales(spec, groups)
@@ -144,12 +148,14 @@ class Found:
     """What the search found.
 
     Attributes:
-        scales: none (zeros) first, then those worth trying.
+        scales: those worth trying.
+        draws: how many more are worth drawing close by.
         evaluations: of the objective.
         errors: as predicted at given scales, per term.
     """
 
     scales: list[Array]
+    draws: int
     evaluations: int
     errors: Callable[[Array], Errors]
 
@@ -166,8 +172,9 @@ def search(
     Few steps (int4) round many entries to 0, whose errors no longer depend on the step. Which
     those are depends on the scales, so there the search goes on a few rounds, each with the
     entries that become 0 at the last one's scales. Errors are then no longer small, and the
-    prediction is a guide only. What one rounding makes of the predicted error is a draw, the
-    wider the smaller the model; so which scales are best is decided by trying.
+    prediction is a guide only; so what is found for sensitivities that differ less (and for equal
+    ones, which is about ranges alone) is worth trying, too. What one rounding makes of the
+    predicted error is a draw, the wider the smaller the model.
     """
     plain = Errors(terms_of(found, group, measured, asked), group.basis)
 
@@ -178,19 +185,29 @@ def search(
         return plain.replaced(thin)
 
     none = np.zeros(group.num_scales)
-    result = Found([none], 0, errors)
+    result = Found([], 0, 0, errors)
     if not plain.total(none) > 0 or not len(none):
         return result
-    scales, result.evaluations = plain.least(none, *limits)
-    if asked.coarse or plain.total(scales) < plain.total(none):
+
+    def add(of: Errors, start: Array, stages: Sequence[tuple[float, int]] = STAGES) -> Array:
+        scales, evaluations = of.least(start, *limits, stages)
+        result.evaluations += evaluations
         result.scales.append(scales)
-    for _ in range(_ROUNDS if asked.coarse else 0):
-        scales, more = errors(scales).least(scales, *limits, STAGES[-1:])
-        result.evaluations += more
-        result.scales.append(scales)
-    entries = sum(one.parameter.numel() for one in found)
-    if len(result.scales) > 1 and (asked.coarse or entries <= _SMALL):
-        result.scales[1:1] = [part * scales for part in _PARTS]
+        return scales
+
+    scales = add(plain, none)
+    if not asked.coarse and plain.total(scales) >= plain.total(none):
+        result.scales.clear()
+        return result
+    small = sum(one.parameter.numel() for one in found) <= _SMALL
+    if asked.coarse:
+        for _ in range(_ROUNDS):
+            scales = add(errors(scales), scales, STAGES[-1:])
+        for power in _POWERS:
+            add(plain.replaced([flattened(t, power) for t in plain.terms]), none)
+    if asked.coarse or small:
+        result.scales += [part * scales for part in _PARTS]
+    result.draws = _DRAWS if small else 0
     return result
 
 

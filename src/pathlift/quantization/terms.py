@@ -153,6 +153,16 @@ def thinned(
     return replace(known, by_row=by_row, by_column=by_column, fixed=fixed)
 
 
+def flattened(known: Term, power: float) -> Term:
+    """The term with sums of G to this power, of the same mean: less (0: nothing) depends on G."""
+
+    def flat(sums: Array) -> Array:
+        mean = float(sums.mean())
+        return mean * (sums / mean) ** power if mean > 0 else sums
+
+    return replace(known, by_row=flat(known.by_row), by_column=flat(known.by_column))
+
+
 def _magnitudes(values: Tensor) -> Tensor:
     """In float32 at least."""
     size = values.detach().abs().cpu()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,10 @@ from pathlift.quantization.measure import layers_of, run, squared_error, watched
 from pathlift.quantization.search import Asked
 from pathlift.solve.matrix import Array
 from pathlift.symmetry.group import RescalingGroup
-from pathlift.tensors.rescale import rescale_
+from pathlift.tensors.rescale import Undo, rescale_
+
+# Deviation of scales that are drawn close by, for one step; it falls with the root of the steps.
+_SPREAD = 0.1
 
 
 def rounded_range(x: Tensor, format: Format) -> Tensor:
@@ -45,41 +50,69 @@ def rounding_error(
         return squared_error(exact, run(model, inputs, rounded))
 
 
-def apply_best_(
-    model: nn.Module,
-    found: Sequence[Weight],
-    program: Program,
-    group: RescalingGroup,
-    candidates: Sequence[Array],
-    exact: Sequence[Tensor],
-    asked: Asked,
-    activations: bool,
-) -> tuple[Array, list[float]]:
-    """Rescale by those of the candidates whose error is least, in place.
+class Trials:
+    """A model whose weights are multiplied by scales, to be rounded and run.
 
     Args:
-        candidates: the first are the scales that the model has (zeros).
+        model, program, group: captured.
+        found: its weights.
         exact: the outputs on the example inputs.
-
-    Returns:
-        The scales, and the error of every candidate.
+        asked: the format, and per what.
+        activations: whether layers' inputs are rounded, too.
     """
-    tensors = {**program.buffers, **program.parameters}
 
-    def error() -> float:
-        return rounding_error(model, found, program.inputs, exact, asked, activations)
+    def __init__(
+        self,
+        model: nn.Module,
+        program: Program,
+        group: RescalingGroup,
+        found: Sequence[Weight],
+        exact: Sequence[Tensor],
+        asked: Asked,
+        activations: bool,
+    ) -> None:
+        self._error = partial(
+            rounding_error, model, found, program.inputs, exact, asked, activations
+        )
+        self._tensors = {**program.buffers, **program.parameters}
+        self._group = group
+        self.spread = _SPREAD / asked.format.steps**0.5
+        self._undo: Undo | None = None
+        self.scales = np.zeros(group.num_scales)
+        self.error = self._error()
+        self.errors = [self.error]
+        self._applied = self.scales
 
-    errors = [error()]
-    best, applied = 0, 0
-    for k, scales in enumerate(candidates[1:], start=1):
-        undo = rescale_(tensors, group.factors(scales))
-        errors.append(error())
-        if errors[k] < errors[best]:
-            best = k
-        if k == len(candidates) - 1 and best == k:
-            applied = k
-        else:
-            undo()
-    if best != applied:
-        rescale_(tensors, group.factors(candidates[best]))
-    return candidates[best], errors
+    def put_(self, scales: Array) -> None:
+        """Have the model multiplied by these scales."""
+        if scales is self._applied:
+            return
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        if scales.any():
+            self._undo = rescale_(self._tensors, self._group.factors(scales))
+        self._applied = scales
+
+    def try_(self, scales: Array) -> None:
+        """Measure; the best so far are kept in ``scales`` and ``error``."""
+        self.put_(scales)
+        self.errors.append(self._error())
+        if self.errors[-1] < self.error:
+            self.scales, self.error = scales, self.errors[-1]
+
+
+def apply_best_(
+    trials: Trials, candidates: Sequence[Array], limits: tuple[Array, Array], draws: int
+) -> None:
+    """Try these scales, then some close to the best so far, and leave the best in place.
+
+    Close by, the predicted error is much the same; what rounding makes of it is another draw.
+    """
+    for scales in candidates:
+        trials.try_(scales)
+    generator = np.random.default_rng(0)
+    for _ in range(draws):
+        moved = trials.scales + trials.spread * generator.standard_normal(len(trials.scales))
+        trials.try_(np.clip(moved, *limits))
+    trials.put_(trials.scales)
