@@ -91,6 +91,61 @@ class GMLP(nn.Module):
         return self.head(x.mean(1))
 
 
+class Fields(nn.Module):
+    """An embedding of a word per field, and an MLP on all of them side by side."""
+
+    def __init__(self, mlp_in: int, fields: int = 6, words: int = 20, size: int = 8) -> None:
+        super().__init__()
+        self.pairs = list(itertools.combinations(range(fields), 2))
+        self.embed, self.linear = (
+            nn.Embedding(fields * words, size),
+            nn.Embedding(fields * words, 1),
+        )
+        self.register_buffer("offsets", words * torch.arange(fields))
+        self.deep = nn.Sequential(
+            nn.Linear(mlp_in, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1)
+        )
+
+
+class XDeepFM(Fields):
+    """Compressed interactions: products of all fields with all maps so far, mixed by a
+    convolution, layer by layer (Lian et al., KDD 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp_in=48)
+        self.mixes = nn.ModuleList(nn.Conv1d(6 * n, 12, 1) for n in (6, 12))
+        self.out = nn.Linear(24, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x0 = x = self.embed(ids + self.offsets)  # (batch, fields, size)
+        pooled = []
+        for mix in self.mixes:
+            x = torch.relu(mix((x0[:, :, None] * x[:, None]).flatten(1, 2)))
+            pooled.append(x.sum(-1))
+        linear = self.linear(ids + self.offsets).sum(1)
+        return linear + self.out(torch.cat(pooled, 1)) + self.deep(x0.flatten(1))
+
+
+class FiBiNET(Fields):
+    """Fields weighed by a squeeze and excitation, then bilinear products of all pairs (Huang,
+    Zhang, Zhang, RecSys 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp_in=2 * 15 * 8)
+        self.excite = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 6), nn.ReLU())
+        self.left = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in self.pairs)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids + self.offsets)
+        weighed = x * self.excite(x.mean(-1))[..., None]
+        found = [
+            f(v[:, i]) * v[:, j]
+            for v in (x, weighed)
+            for f, (i, j) in zip(self.left, self.pairs, strict=True)
+        ]
+        return self.linear(ids + self.offsets).sum(1) + self.deep(torch.cat(found, 1))
+
+
 class RMSNorm(nn.Module):
     """Written by hand, as every Llama has it."""
 
@@ -182,15 +237,22 @@ def three_calls() -> list[Row]:
             arrows(calls(weight_normed, torch.randn(2, 16))),
         )
     ]
+    ids = torch.randint(0, 20, (2, 6), generator=torch.Generator().manual_seed(1))
     for name, make, x, before in (
         ("temporal convolutional network", TCN, torch.randn(2, 4, 32), "0.086, 0.354"),
         ("gMLP", GMLP, torch.randn(2, 8, 32), "0.26, 1.03"),
+        ("xDeepFM", XDeepFM, ids, "0.22, 4.06"),
+        ("FiBiNET", FiBiNET, ids, "10.7 after four calls, each with scales at bounds"),
     ):
         torch.manual_seed(0)
         model = make()
-        said = pathlift.condition_(model, x, **QUIET).imbalance_after
-        gap = abs(said - measured(model, x))
-        rows.append((f"{name}: reported, measured", before, f"{said:.4g}, the same to {gap:.0e}"))
+        first = pathlift.condition_(model, x, **QUIET)
+        said, gap = first.imbalance_after, abs(first.imbalance_after - measured(model, x))
+        second = pathlift.condition_(model, x, **QUIET)
+        gain = max(0.0, second.imbalance_before - second.imbalance_after)
+        held = " and no scale at a bound" if not any("bounds" in w for w in first.warnings) else ""
+        now = f"{said:.4g}, the same to {gap:.0e}{held}; a second call gains {gain:.0e}"
+        rows.append((f"{name}: reported, measured", before, now))
     return rows
 
 

@@ -125,3 +125,45 @@ def test_no_draw_decides_what_is_reported() -> None:
     first = pathlift.condition_(model, x, verify=False)
     again = pathlift.condition_(model, x, verify=False)
     assert abs(first.imbalance_after - again.imbalance_before) < 1e-6
+
+
+class Products(nn.Module):
+    """A product of twelve layers: its scale is the sum of theirs, and a bound that holds whatever
+    each of them does is a twelfth of the room."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = nn.ModuleList(nn.Linear(4, 6) for _ in range(12))
+        self.out = nn.Linear(6, 3)
+        with torch.no_grad():
+            self.out.weight.mul_(2.0**80)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.factors[0](x)
+        for layer in self.factors[1:]:
+            product = product * layer(x)
+        return self.out(product)
+
+
+def test_what_room_there_is_is_used_in_one_call() -> None:
+    torch.manual_seed(0)
+    model, x = Products(), torch.randn(2, 4)
+    report = pathlift.condition_(model, x)
+    assert not any("bounds" in w for w in report.warnings)
+    assert float(report.log2_scales.abs().max()) > 5
+    again = pathlift.condition_(model, x)
+    assert again.imbalance_before - again.imbalance_after < 1e-6
+
+
+@pytest.mark.parametrize("bits", [20, 110])
+def test_a_second_call_gains_only_what_the_first_said_it_would(bits: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].weight.mul_(2.0**-bits)
+        model[4].weight.mul_(2.0**bits)
+    first = pathlift.condition_(model, torch.randn(2, 4), verify=False)
+    second = pathlift.condition_(model, torch.randn(2, 4), verify=False)
+    gains = second.imbalance_before - second.imbalance_after > 1e-6
+    assert gains == any("bounds" in w for w in first.warnings) == (bits == 110)
+    assert second.imbalance_before == pytest.approx(first.imbalance_after, abs=1e-6)

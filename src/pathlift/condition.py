@@ -28,6 +28,7 @@ from pathlift.solve import Operator, Solution, round_scales, solve, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
 from pathlift.solve.levels import level_scales
+from pathlift.solve.roomier import roomier
 from pathlift.surroundings import apart
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
@@ -241,7 +242,9 @@ def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> 
             )
             assembled = assembled.with_dead_at(np.clip(place, lower, upper))
     with timed(seconds, "solve"):
-        solution = solve(assembled.operator, settings.solver, settings.tol)
+        how = settings.solver, settings.tol
+        first = solve(assembled.operator, *how)
+        assembled, solution = roomier(group, extents, room, assembled, first, *how)
     return Solved(assembled, solution, extents, approximated)
 
 

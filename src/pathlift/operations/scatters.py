@@ -193,12 +193,18 @@ def _diagonal(call: Call, t: Tensor) -> Tensor:
     return t.diagonal(call["offset"], call["dim1"], call["dim2"])
 
 
-def _into(view: Callable[[Call, Tensor], Tensor]) -> Operation:
-    """``view`` of the target is replaced by the source."""
+def _into(view: Callable[[Call, Tensor], Tensor], *chosen: str) -> Operation:
+    """``view`` of the target is replaced by the source; ``chosen``: arguments that name the
+    dimensions it is about. The others keep their order."""
 
     def write(call: Call) -> Write:
         shape = view(call, torch.zeros((), dtype=torch.int64).expand(call.shape)).shape
-        return Write(lambda t: view(call, t), lambda t: t.expand(shape))
+        rank = len(call.shape)
+        own = {call[name] % rank for name in chosen}
+        others = [d for d in range(rank) if d not in own]
+        places = others if len(shape) == rank else range(len(others))
+        aside = tuple(zip(others, places, strict=True))
+        return Write(lambda t: view(call, t), lambda t: t.expand(shape), aside=aside)
 
     # The arguments of the three views, which ``view`` takes from the call.
     def scales(
@@ -252,9 +258,9 @@ def _into(view: Callable[[Call, Tensor], Tensor]) -> Operation:
     return Operation(scales, squares, listing)
 
 
-define("select_scatter", _into(_select))
-define("slice_scatter", _into(_slice))
-define("diagonal_scatter", _into(_diagonal))
+define("select_scatter", _into(_select, "dim"))
+define("slice_scatter", _into(_slice, "dim"))
+define("diagonal_scatter", _into(_diagonal, "dim1", "dim2"))
 
 
 # ------------------------------------------------------------------------------- under a mask

@@ -22,7 +22,7 @@ from pathlift.lifting.tables import UNKNOWN, Listing, Table, numbers, stacked
 from pathlift.lifting.values import Lifted, Squares
 from pathlift.operations.constants import carries_any_scale, filler, started
 from pathlift.operations.table import Undescribed
-from pathlift.symmetry.scales import Form, Value, compact
+from pathlift.symmetry.scales import Form, Value, compact, varying
 
 # Above this many elements each, zeros that are written to share scales along ``dims``, and a tensor
 # that is written to is not followed element by element.
@@ -59,6 +59,8 @@ class Write:
         mode: how the source joins what is there.
         keep: whether what is there stays part of the result (where it is not replaced).
         alpha: factor of the source.
+        aside: pairs of a dimension of the target and one of what is written, along which every
+            slice is written alike.
     """
 
     read: Callable[[Tensor], Tensor]
@@ -68,6 +70,7 @@ class Write:
     mode: str = SET
     keep: bool = True
     alpha: Any = 1
+    aside: tuple[tuple[int, int], ...] = ()
 
 
 # ------------------------------------------------------------------------------- scales
@@ -87,10 +90,12 @@ def written_scales(inf: Any, call: Call, x: Value, source: Any, write: Write) ->
     free = carries_any_scale(x)
     if form.pinned and given.pinned and not free:
         return Form(shape, why=given.why)
-    if write.mode == SET and not write.dims and shape.numel() <= _MAX_WRITTEN:
-        where = _places(shape, write)
-        if _all_differ(where, shape.numel()):
-            return _written_ids(inf, x, value, shape, where, write)
+    if write.mode == SET and not write.dims:
+        alike = _alike(x, form, given, write)
+        small = torch.Size(1 if d in dict(alike) else n for d, n in enumerate(shape))
+        where = _places(small, write) if small.numel() <= _MAX_WRITTEN else None
+        if where is not None and _all_differ(where, small.numel()):
+            return _written_ids(inf, x, value, shape, where, write, alike)
     place = write.read(torch.zeros((), dtype=torch.int64).expand(shape)).shape
     if free:
         form = _free_form(inf, shape, place, write)
@@ -122,17 +127,38 @@ def _places(shape: torch.Size, write: Write) -> Tensor:
     return write.read(torch.arange(shape.numel()).reshape(shape)).reshape(-1)
 
 
+def _alike(x: Value, form: Form, given: Form, write: Write) -> list[tuple[int, int]]:
+    """The pairs aside of a write along which no scale varies: one slice stands for all."""
+    if x.zero and form.shape.numel() <= _MAX_ELEMENTS:
+        return []  # every element gets a scale of its own
+    there = frozenset[int]().union(*(varying(ids) for _, ids in form.terms))
+    brought = frozenset[int]().union(*(varying(write.used(ids)) for _, ids in given.terms))
+    return [(d, p) for d, p in write.aside if d not in there and p not in brought]
+
+
 def _written_ids(
-    inf: Any, x: Value, value: Value, shape: torch.Size, where: Tensor, write: Write
+    inf: Any,
+    x: Value,
+    value: Value,
+    shape: torch.Size,
+    where: Tensor,
+    write: Write,
+    alike: list[tuple[int, int]],
 ) -> Form:
+    """``where``: flat positions in one slice of the target along the dimensions ``alike``."""
     if x.zero and shape.numel() <= _MAX_ELEMENTS:
-        ids = inf.fresh([shape.numel()]).clone()
+        ids = inf.fresh([shape.numel()]).reshape(shape)
     else:
-        ids = inf.single(x).expand(shape).reshape(-1).clone()
-    ids[where] = write.used(inf.single(value)).reshape(-1)
+        ids = inf.single(x).expand(shape)
+    brought = write.used(inf.single(value))
+    for d, p in alike:
+        ids, brought = ids.narrow(d, 0, 1), brought.narrow(p, 0, 1)
+    small = ids.shape
+    ids = ids.reshape(-1).clone()
+    ids[where] = brought.reshape(-1)
     if x.zero and shape.numel() > _MAX_ELEMENTS:
-        ids = _filled(ids, where, shape)
-    return Form(shape, ((1, compact(ids.reshape(shape))),))
+        ids = _filled(ids, where, small)
+    return Form(shape, ((1, compact(ids.reshape(small)).expand(shape)),))
 
 
 def _filled(ids: Tensor, where: Tensor, shape: torch.Size) -> Tensor:

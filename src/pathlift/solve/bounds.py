@@ -12,6 +12,9 @@ from torch import Tensor
 from pathlift.symmetry.group import RescalingGroup
 from pathlift.tensors.extents import Extent, exponent_limits
 
+# No scale moves by more bits.
+WIDEST = 60.0
+
 
 def extent_bounds(
     group: RescalingGroup,
@@ -58,7 +61,7 @@ def extent_bounds(
     np.minimum.at(fall, variables, room[:, 1])
     # Through the basis: |s_h| is held to the tighter side where several scales add up.
     h = group.num_scales
-    upper, lower = np.full(h, 60.0), np.full(h, -60.0)
+    upper, lower = np.full(h, WIDEST), np.full(h, -WIDEST)
     basis = group.basis.tocoo()
     weight = np.asarray(abs(group.basis).sum(axis=1)).ravel()
     row, col, c = basis.row, basis.col, basis.data
