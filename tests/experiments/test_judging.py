@@ -20,7 +20,7 @@ def _entry(verdict: str, sign: int | None, fixed: int = 0, **more: Any) -> dict[
         "initialization": "pytorch",
         "samples": None,
         "seeds": 5,
-        "width_ratio": 8.0,
+        "width_ratio": 1.0 if verdict == DONT else 8.0,
         "imbalance_before": 1.0,
         "methods": {"path-continuous": {"imbalance_after": 0.1, **gains}},
     }

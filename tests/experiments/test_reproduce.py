@@ -15,6 +15,7 @@ from pathlift.experiments import reproduce
 from pathlift.experiments.architectures import build
 from pathlift.experiments.data import Data
 from pathlift.experiments.reproduce import EXPERIMENTS, Run, stem_of, write, write_index
+from pathlift.experiments.store import Store
 from pathlift.experiments.study import interleaved
 from pathlift.experiments.sweep import Place
 
@@ -149,6 +150,14 @@ def test_training_alone_writes_cells_that_a_later_call_writes_up(
     with (tmp_path / "fully-connected.csv").open(newline="") as file:
         _, *rows = csv.reader(file)
     assert [float(r[0]) for r in rows] == [7.0] * 2
+    # A seed that is not complete is kept, though it is not written up.
+    pack = tmp_path / "fully-connected.cells.parquet"
+    whole = Store(tmp_path / "none", [pack]).keys()
+    first = next(c for c in study.cells() if c.key in whole and c.seed == 1)
+    (tmp_path / ".cells" / f"{first.key}.parquet").unlink()
+    pack.unlink()
+    assert main([*words, "--finished", "fully-connected"]) == 0
+    assert Store(tmp_path / "none", [pack]).keys() == whole - {first.key}
     assert EXPERIMENTS["fully-connected"].title in (tmp_path / "README.md").read_text()
 
 

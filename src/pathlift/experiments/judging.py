@@ -38,9 +38,9 @@ def verdict_of(entry: Entry) -> str:
     return judged(facts_of_entry(entry)).verdict
 
 
-def sign_of(entry: Entry, rates: str = OWN) -> int | None:
-    """Sign of what continuous scales gained (0: not shown), at own best or the baseline's rate."""
-    sign: int | None = entry["methods"][CONTINUOUS][rates]["sign"]
+def sign_of(entry: Entry, rates: str = OWN, method: str = CONTINUOUS) -> int | None:
+    """Sign of what a method gained (0: not shown); None where that was not measured."""
+    sign: int | None = entry["methods"].get(method, {}).get(rates, {}).get("sign")
     return sign
 
 
@@ -54,23 +54,25 @@ def distinct(entries: Sequence[Entry]) -> list[Entry]:
     return list(best.values())
 
 
-def counts(entries: Sequence[Entry], rates: str = OWN) -> dict[str, tuple[int, int, int]]:
+def counts(
+    entries: Sequence[Entry], rates: str = OWN, method: str = CONTINUOUS
+) -> dict[str, tuple[int, int, int]]:
     """verdict -> how many settings gained, showed no difference, lost."""
     found = {}
     for verdict in VERDICTS:
-        signs = [sign_of(e, rates) for e in entries if verdict_of(e) == verdict]
+        signs = [sign_of(e, rates, method) for e in entries if verdict_of(e) == verdict]
         found[verdict] = (signs.count(1), signs.count(0), signs.count(-1))
     return found
 
 
-def auc(entries: Sequence[Entry], rates: str = OWN) -> float:
+def auc(entries: Sequence[Entry], rates: str = OWN, method: str = CONTINUOUS) -> float:
     """Probability that a setting that gains is ranked above one that does not; ties count half.
 
     NaN without both kinds.
     """
     ranks: dict[bool, list[int]] = {True: [], False: []}
     for entry in entries:
-        ranks[sign_of(entry, rates) == 1].append(_RANK[verdict_of(entry)])
+        ranks[sign_of(entry, rates, method) == 1].append(_RANK[verdict_of(entry)])
     pairs = [(a > b) + 0.5 * (a == b) for a in ranks[True] for b in ranks[False]]
     return sum(pairs) / len(pairs) if pairs else float("nan")
 

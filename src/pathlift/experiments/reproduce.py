@@ -71,7 +71,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "-full",
     ),
     "fully-connected": Experiment(
-        "Fully connected networks with batch norm",
+        "Fully connected networks",
         "3 to 8 hidden layers, SGD, batch 128; epochs to 99% training accuracy, 5 seeds. Full: "
         "CIFAR-10 (JPEG), width 500, with batch norm (PyTorch's initialisation) and without "
         "(Kaiming-normal), five rates, 30 epochs. Small: digits, width 32, batch norm, four rates, "
@@ -206,7 +206,10 @@ def write(name: str, small: bool, run: Run) -> Result:
     experiment = EXPERIMENTS[name]
     result = experiment.run(name, small, run)
     stem = stem_of(name, small)
-    _pack({c.key for s in _studies(name, small, run).values() for c in s.cells()}, stem, run)
+    keys = {c.key for s in _studies(name, small, run).values() for c in s.cells()}
+    # What is not written up yet is kept, too.
+    planned = {c.key for s in experiment.studies(small).values() for c in s.cells()}
+    _pack(planned & run.store().keys(), stem, run)
     for k, table in enumerate(result.tables):
         path = run.output / f"{stem}{'' if k == 0 else f'-{k + 1}'}.csv"
         path.write_text(_csv(table), encoding="utf-8", newline="")
@@ -216,13 +219,35 @@ def write(name: str, small: bool, run: Run) -> Result:
     if run.place.device != "cpu":
         command += f" --device {run.place.device}{' --tf32' if run.place.tf32 else ''}"
     size = ", full size" if stem != name else ""
-    parts = [f"## {experiment.title}{size}", experiment.about, f"    {command}"]
+    about = experiment.about + _trained_on(keys, run.store()) + _lacking(name, small, run)
+    parts = [f"## {experiment.title}{size}", about, f"    {command}"]
     parts += [f"![{caption}]({file}.png)\n\n{caption}" for file, caption in result.figures]
     parts += [_markdown(table) for table in result.tables]
     parts.append("What the numbers say:")
     parts.append("\n".join(f"- {sentence}" for sentence in result.findings))
     (run.output / f"{stem}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return result
+
+
+def _trained_on(keys: set[str], store: Store) -> str:
+    """A sentence on devices, where there are others than a CPU."""
+    names = {row.get("device") or "cpu" for row in store.read(sorted(keys))}
+    others = sorted(names - {"cpu"})
+    some = "Some runs were" if "cpu" in names else "The runs were"
+    return f" {some} trained on an {' and an '.join(others)}." if others else ""
+
+
+def _lacking(name: str, small: bool, run: Run) -> str:
+    """A sentence on networks of the plan that have not been trained yet."""
+    done = _studies(name, small, run)
+    lacking = [
+        f"{network} ({study.grid['data'][0]}, {study.grid['optimizers'][0]}"
+        f"{', batch norm' if study.grid.get('norm') else ''})"
+        for suffix, study in EXPERIMENTS[name].studies(small).items()
+        for x, network in study.family.items()
+        if suffix not in done or x not in done[suffix].family
+    ]
+    return f" Not trained yet: {'; '.join(lacking)}." if lacking else ""
 
 
 def stem_of(name: str, small: bool) -> str:

@@ -7,6 +7,7 @@ that times the change of the largest stable rate, and at the smallest rate of th
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +20,16 @@ from pathlift.experiments.architectures import widths_of
 from pathlift.experiments.compare import LABELS
 from pathlift.experiments.exactness import CONTINUOUS, ENORM, LEAST_SEEDS, NONE, fine, rate_of
 from pathlift.experiments.exactness import studies as decided
-from pathlift.experiments.judging import FIXED, OWN, auc, counts, distinct, misses, verdict_of
+from pathlift.experiments.judging import (
+    FIXED,
+    OWN,
+    auc,
+    counts,
+    distinct,
+    misses,
+    sign_of,
+    verdict_of,
+)
 from pathlift.experiments.methods import loss_of
 from pathlift.experiments.study import Result, Run, Study, Table, stored
 from pathlift.experiments.summary import Interval, Setting, difference, plain, settings_of
@@ -27,6 +37,8 @@ from pathlift.experiments.sweep import Cell, Place, cell_data, start_of
 
 FILE = "when.json"
 _BATCHES, _CURVATURE_SEEDS = 4, 1
+# Of studies that the rule was there before: those of other experiments, and Muon's.
+LATER = "-of-"
 # Criteria for steps that don't grow with the gradient: first powers in place of squares for Adam's,
 # equal spectral norms for Muon's.
 FIRST, SPECTRAL = ("path-root", "path-first"), ("spectral",)
@@ -53,25 +65,26 @@ def contrasts() -> dict[str, Study]:
     return {
         "-equal-sgd": _study("mlp:64-64-64", "sgd", fine(0.667, 2, 2)),
         "-norm-equal": _study("mlp:64-64-64-64-64-64", "sgd", fine(0.3, 2, 2), norm=True),
-        "-norm-bottleneck": _study("mlp:256-16-256", "sgd", fine(0.675, 2, 3), norm=True),
+        "-norm-bottleneck": _study("mlp:256-16-256", "sgd", fine(0.675, 2, 5), norm=True),
         "-classifier-adam": _study("mlp:256-16-256", "adam", fine(0.0081, 2, 2)),
         "-autoencoder-adam": _study("autoencoder:128-32-8", "adam", fine(0.0054, 2, 2), **code),
         "-autoencoder-adamw": _study("autoencoder:128-32-8", "adamw", fine(0.0054, 2, 2), **code),
-        "-classifier-muon": _study("mlp:256-16-256", "muon", [0.0005, 0.001, 0.002, 0.004, 0.008]),
+        f"{LATER}classifier-muon": _study(
+            "mlp:256-16-256", "muon", [0.0005, 0.001, 0.002, 0.004, 0.008]
+        ),
         "-narrow-code": _study("autoencoder:128-32-2", "sgd", fine(1, 2, 2), **code),
         "-wide-middle": _study("mlp:16-256-16", "sgd", fine(0.667, 2, 2)),
         "-language-adamw": _study(
             "transformer:32-2",
             "adamw",
-            [0.003, 0.006, 0.012, 0.024],
+            [0.0001875, 0.000375, 0.00075, 0.0015, 0.003, 0.006, 0.012, 0.024],
             methods=(NONE, CONTINUOUS, ENORM),
             data=("python-manual",),
             samples=1920,
             batch=16,
             epochs=2,
         ),
-        "-convolutional": _study("convolutional:8", "sgd", fine(0.1, 2, 2), **kaiming),
-        "-convolutional-default": _study("convolutional:8", "sgd", fine(0.3, 2, 2)),
+        "-convolutional": _study("convolutional:8", "sgd", fine(0.1, 2, 4), **kaiming),
     }
 
 
@@ -82,12 +95,10 @@ def studies(small: bool) -> dict[str, Study]:
     if not small:
         gathered |= {f"{name}-full": ones(False) for name, ones in _FULL.items()}
     for name, ones in gathered.items():
-        found |= {f"{LEFT_OUT}{name}{suffix}": study for suffix, study in ones.items()}
+        found |= {f"{LATER}{name}{suffix}": study for suffix, study in ones.items()}
     return found
 
 
-# Studies of other experiments, which the rule was not made from.
-LEFT_OUT = "-of-"
 _FULL: dict[str, Callable[[bool], dict[str, Study]]] = {
     "autoencoder": catalogue.autoencoder,
     "fully-connected": catalogue.fully_connected,
@@ -187,8 +198,8 @@ def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
             cell = cells[setting.architecture]
             run.progress(f"curvature of {cell.architecture} on {cell.data}")
             factor = stable_rate_factor(cell, run.place)
-            left_out = suffix.startswith(LEFT_OUT)
-            entries.append({**entry(setting, cell, factor), "left_out": left_out})
+            later = suffix.startswith(LATER)
+            entries.append({**entry(setting, cell, factor), "later": later})
     text = json.dumps(plain(entries), indent=1)
     (run.output / FILE).write_text(text + "\n", encoding="utf-8")
     return Result([], [_table(entries), _rule_table(entries)], _sentences(entries))
@@ -226,24 +237,37 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
 def _rule_table(entries: Sequence[dict[str, Any]]) -> Table:
     """The rule's verdicts against what was seen."""
     head = (
-        *("settings", "at", "verdict: likely to help", "nothing to do", "don't"),
+        *("settings", "method", "at", "verdict: likely to help", "nothing to do", "don't"),
         "a gain ranked above no gain (AUC)",
     )
     lines: list[Sequence[str]] = []
-    kinds = {"that the rule was made from": False, "left out": True}
-    for label, left_out in kinds.items():
-        # Of equal settings one counts, so the kinds are told apart first.
-        own = distinct([e for e in entries if e["left_out"] == left_out])
-        for rates, where in ((OWN, "own best rates"), (FIXED, "the baseline's best rate")):
-            seen = counts(own, rates)
+    kinds = {
+        "that the rule was first made from": [e for e in entries if not e["later"]],
+        "measured later": [e for e in entries if e["later"]],
+        "in all": entries,
+    }
+    for label, members in kinds.items():
+        own = distinct(members)  # of equal settings one counts
+        for method, rates in itertools.product((CONTINUOUS, ENORM), _AT):
+            known = [e for e in own if sign_of(e, rates, method) is not None]
             cells = (
                 f"{gained} gained, {level} no difference shown, {lost} lost"
-                for gained, level, lost in seen.values()
+                for gained, level, lost in counts(known, rates, method).values()
             )
-            quality = auc(own, rates)
+            quality = auc(known, rates, method)
             shown = "" if math.isnan(quality) else f"{quality:.2f}"
-            lines.append((f"{len(own)} {label}", where, *cells, shown))
+            front = (f"{len(known)} {label}", LABELS[method], _AT[rates])
+            if known:
+                lines.append((*front, *cells, shown))
     return Table(head, lines)
+
+
+_AT = {
+    OWN: "own best rates",
+    FIXED: "the baseline's best rate",
+    "matched_rate": "that times the stable ratio",
+    "smallest_rate": "the smallest rate",
+}
 
 
 def _fall(entry: dict[str, Any], method: dict[str, Any], between: str) -> str:
