@@ -162,11 +162,11 @@ class DroppedParameters:
         self.arrived.add(name)
         self._sink(name, rescaled(gradient, self.units[name]))
 
-    def finish(self) -> None:
+    def finish(self, sink: Callable[[str, Tensor | Product], None]) -> None:
         """Hand on zeros for every parameter on no path (all one zero, expanded)."""
         for name, q in self._program.parameters.items():
             if name in self._names and name not in self.arrived:
-                self._sink(name, torch.zeros((), dtype=self.dtype).expand(q.shape))
+                sink(name, torch.zeros((), dtype=self.dtype).expand(q.shape))
 
 
 class _Square(torch.autograd.Function):
