@@ -21,8 +21,12 @@ sample. All figures of a row come from one process, one after the other:
 - With ``--cpu`` seconds are those of the process itself, for a machine that does other work; the
   call's parts are always by the clock.
 - passes: evaluations of the solver over the reduced matrices.
-- extra MB: peak resident memory during ``condition_`` above what was resident before; reduced MB:
-  the reduced matrices; largest MB: the largest tensor.
+- call MB: peak resident memory during ``condition_`` above what was resident before; extra MB: the
+  same without capture and verification; norm MB, toolkit MB: during these; reduced MB: the reduced
+  matrices; largest MB: the largest tensor.
+- With ``--lean`` no copy of the initial weights is kept (calls after the first find little left to
+  do), no gradient outlives its step, and nothing but ``condition_`` is timed: for models that fill
+  the memory.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import functools
+import ctypes
 import gc
 import itertools
 import json
@@ -40,6 +44,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +74,10 @@ COLUMNS = (
     "passes",
     "certificate",
     "syncs",
+    "call MB",
     "extra MB",
+    "norm MB",
+    "toolkit MB",
     "reduced MB",
     "largest MB",
 )
@@ -180,6 +188,7 @@ MODELS: dict[str, tuple[Make, Callable[[int], Tensor]]] = {
         for name in ("resnet18", "resnet50", "resnet152", "vgg16", "densenet121", "densenet201")
     },
     "nasnetalarge": (lambda: timm_model("nasnetalarge"), images),
+    "llama-0.3b": (lambda: Llama(1024, 16, 16, 4, 4096, 32000), tokens),
     "llama-1b": (lambda: Llama(2048, 16, 32, 8, 8192, 32000), tokens),
 }
 
@@ -215,13 +224,19 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def extra_memory(work: Callable[[], Any], device: str) -> float:
-    """Peak memory of some work above what was taken before, in MB."""
+def peak(work: Callable[[], Any], device: str = "cpu") -> float:
+    """Memory in MB that a piece of work takes at most, above what was there before.
+
+    Of a device what its allocator hands out, of the host what is resident.
+    """
+    gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with contextlib.suppress(OSError, AttributeError):  # what glibc keeps for later is not in use
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     _forget_peak()
     resident = _status("VmRSS")
     work()
@@ -242,18 +257,18 @@ def waits(work: Callable[[], Any], device: str) -> float:
     return float(sum("synchroniz" in str(w.message) for w in noted))
 
 
-def measure(name: str, repeats: int, device: str = "cpu") -> dict[str, Any]:
+def measure(name: str, repeats: int, lean: bool, device: str = "cpu") -> dict[str, Any]:
     """Samples of one model: column -> list (or one number, or why there is none)."""
     make, batch = MODELS[name]
     torch.manual_seed(0)
     model = make().to(device)
-    initial = copy.deepcopy(model.state_dict())
+    initial = {} if lean else copy.deepcopy(model.state_dict())
     one, two, many = (batch(n).to(device) for n in (1, 2, 32))
     with torch.no_grad():
         model(two)
 
     def fresh() -> None:
-        model.load_state_dict(initial)
+        model.load_state_dict(initial, strict=not lean)
         gc.collect()
 
     fresh()
@@ -274,12 +289,14 @@ def measure(name: str, repeats: int, device: str = "cpu") -> dict[str, Any]:
         start = clock()
         conditioner.condition_()
         found["again"].append(clock() - start)
-    # Memory: a call of its own, with nothing to compare beside it.
-    unverified = functools.partial(conditioner.condition_, verify=False)
+    # Memory: calls of their own, with nothing to compare beside them.
+    unverified = partial(conditioner.condition_, verify=False)
     fresh()
-    found["extra MB"] = extra_memory(unverified, device)
+    found["extra MB"] = peak(unverified, device)
     fresh()
     found["syncs"] = waits(unverified, device)
+    fresh()
+    found["call MB"] = peak(lambda: pathlift.condition_(model, two), device)
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     found["largest MB"] = max(sizes) / 2**20
     found["reduced MB"] = report.reduced_bytes / 2**20
@@ -288,6 +305,33 @@ def measure(name: str, repeats: int, device: str = "cpu") -> dict[str, Any]:
     del conditioner, unverified
     fresh()
 
+    if not lean:
+        _beside_peers(found, name, model, one, two, fresh, repeats)
+
+    def step(x: Tensor) -> None:
+        model(x).sum().backward()
+        model.zero_grad()
+
+    if lean:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    else:
+        found["pass1"] = timed(lambda: step(one), repeats)
+    model.train()
+    found["step"] = timed(lambda: step(many), max(1, repeats // 2))
+    return found
+
+
+def _beside_peers(
+    found: dict[str, Any],
+    name: str,
+    model: nn.Module,
+    one: Tensor,
+    two: Tensor,
+    fresh: Callable[[], None],
+    repeats: int,
+) -> None:
+    """Group, path metrics and weight norm, and the peers' columns."""
     model.eval()  # in training mode a batch norm refuses one value per channel
     found["group"] = timed(lambda: pathlift.rescaling_group(model, one), repeats)
     found["norm"] = _if_defined(lambda: pathlift.path_norm(model, one, p=1), repeats)
@@ -295,6 +339,10 @@ def measure(name: str, repeats: int, device: str = "cpu") -> dict[str, Any]:
     for peer, prepare in peers.PEERS.items():
         work = prepare(name, model, one)
         found[peer] = work if isinstance(work, str) else _if_defined(work, repeats)
+        if peer == "toolkit" and isinstance(found["norm"], list):
+            found["norm MB"] = peak(lambda: pathlift.path_norm(model, one, p=1))
+            if isinstance(found[peer], list):
+                found["toolkit MB"] = peak(work)
     if not isinstance(found["ENorm"], str):
         samples = []
         for _ in range(repeats):
@@ -303,15 +351,6 @@ def measure(name: str, repeats: int, device: str = "cpu") -> dict[str, Any]:
             pathlift.condition_(model, two, criterion="weight-norm", exact=False)
             samples.append(clock() - start)
         found["enorm"] = samples
-
-    def step(x: Tensor) -> None:
-        model(x).sum().backward()
-        model.zero_grad()
-
-    found["pass1"] = timed(lambda: step(one), repeats)
-    model.train()
-    found["step"] = timed(lambda: step(many), max(1, repeats // 2))
-    return found
 
 
 def _if_defined(work: Callable[[], Any], repeats: int) -> list[float] | str:
@@ -347,16 +386,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--cpu", action="store_true", help="count the process's own seconds")
+    parser.add_argument("--lean", action="store_true", help="for models that fill the memory")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.repeats, args.device)))
+        print(json.dumps(measure(args.one, args.repeats, args.lean, args.device)))
         return
     rows: dict[str, Any] = {}
     for name in args.models.split(","):
         command = [sys.executable, "-W", "ignore", __file__, "--one", name]
         command += ["--repeats", str(args.repeats), "--device", args.device]
         command += ["--cpu"] if args.cpu else []
+        command += ["--lean"] if args.lean else []
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{name:<18} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)

@@ -1,11 +1,12 @@
 """How the cost grows: with parameters, with depth and with the number of operations.
 
-    python benchmarks/scaling.py [--json FILE] [--largest 1e8] [--repeats 3]
+    python benchmarks/scaling.py [--json FILE] [--largest 1e8] [--repeats 3] [--cpu] [--laws layers]
 
 Square networks of eight layers (1e5 to ``--largest`` parameters), chains of narrow residual blocks
 with batch norms (10 to 1,000 layers), and one layer behind a chain of additions (100 to 50,000
 operations). For every part of the call: seconds, and the slope between the last two sizes in
-logarithms; 1 is in proportion.
+logarithms; 1 is in proportion. With ``--cpu`` seconds are those of the process itself, for a
+machine that does other work.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import gc
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-import pathlift
+import pathlift.timing
 
 PARTS = ("whole", "capture", "symmetry", "criterion", "solve", "apply", "verify")
 
@@ -72,6 +75,11 @@ def sizes(largest: float) -> dict[str, tuple[list[int], Callable[[int], nn.Modul
     }
 
 
+def clock() -> float:
+    """Seconds: of the clock, or of this process's own work."""
+    return time.process_time() if "--cpu" in sys.argv else time.perf_counter()
+
+
 def measure(model: nn.Module, x: Tensor, repeats: int) -> dict[str, float]:
     """Medians of the parts of a call."""
     samples: dict[str, list[float]] = {part: [] for part in PARTS}
@@ -79,10 +87,10 @@ def measure(model: nn.Module, x: Tensor, repeats: int) -> dict[str, float]:
     for k in range(repeats + 1):
         model.load_state_dict(initial)
         gc.collect()
-        start = time.perf_counter()
+        start = clock()
         report = pathlift.condition_(model, x, on_nothing="ignore")
         if k:
-            samples["whole"].append(time.perf_counter() - start)
+            samples["whole"].append(clock() - start)
             for part in PARTS[1:]:
                 samples[part].append(report.seconds[part])
     return {part: statistics.median(found) for part, found in samples.items()}
@@ -93,9 +101,13 @@ def main() -> None:
     parser.add_argument("--largest", type=float, default=1e8)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--laws", default="parameters,layers,operations")
+    parser.add_argument("--cpu", action="store_true", help="count the process's own seconds")
     args = parser.parse_args()
+    pathlift.timing.time = SimpleNamespace(perf_counter=clock)  # the parts by the same clock
+    laws = {k: v for k, v in sizes(args.largest).items() if k in args.laws.split(",")}
     found: dict[str, dict[int, dict[str, float]]] = {}
-    for law, (steps, make, width) in sizes(args.largest).items():
+    for law, (steps, make, width) in laws.items():
         print(" ".join([f"{law:<14}", *(f"{p:>10}" for p in PARTS)]))
         found[law] = {}
         for size in steps:

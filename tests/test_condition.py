@@ -189,3 +189,21 @@ def test_a_tolerance_that_is_not_reached_is_said() -> None:
     assert not report.converged and "passes, above the tolerance" in str(report)
     assert report.to_dict()["converged"] is False
     assert report.imbalance_after <= report.imbalance_before
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_statistics_of_a_first_batch_are_those_of_the_record(constant: bool) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8), nn.BatchNorm1d(8),
+            nn.ReLU(), nn.Linear(8, 3),
+        )  # fmt: skip
+
+    x = torch.full((6, 5), 0.3) if constant else 3 * torch.randn(6, 5)
+    # One takes them from the capture's own run, the other runs the record on the example.
+    first = pathlift.condition_(network(), x, exact=False)
+    again = pathlift.Conditioner(network(), x).condition_(exact=False)
+    assert first.imbalance_before == pytest.approx(again.imbalance_before, rel=1e-5)
+    assert torch.allclose(first.log2_scales, again.log2_scales, atol=1e-4)
+    assert first.imbalance_after < 0.9 * first.imbalance_before

@@ -226,6 +226,8 @@ def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> 
         extents = finite_extents(home, program, group)
         room = variance_room(program) if known.batch_norm == "invariant" else {}
         lower, upper = extent_bounds(group, extents, room)
+        peaks = {n: e.exponents[1] + 1 for n, e in extents.items() if e.exponents is not None}
+        program = replace(program, peaks=peaks)
         assembled, approximated = assemble_from(
             group,
             settings.criterion,

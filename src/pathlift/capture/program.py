@@ -219,6 +219,8 @@ class Program:
             library's checks), or can't be watched: then other values may make it do something else.
         statistics: mean and variance of the inputs of batch norms on the example inputs, for the
             weights that the model had when it was captured; None if they were not asked for.
+        peaks: name -> ``n`` where the largest entry of a parameter lies in ``[2^(n-1), 2^n)``, for
+            the values of this moment; without a name where it is not known.
     """
 
     graphs: tuple[Graph, ...]
@@ -233,6 +235,7 @@ class Program:
     written: frozenset[str] = frozenset()
     reads: bool = True
     statistics: Mapping[Call, tuple[Tensor, Tensor]] | None = None
+    peaks: Mapping[str, int] | None = None
 
     def value(self, name: str) -> Tensor:
         """The values of a parameter, to be read and then let go; not to be written to."""

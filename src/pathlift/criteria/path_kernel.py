@@ -32,7 +32,7 @@ def _hand_on(program: Program, sink: Sink) -> dict[str, int]:
         # What was handed on before the range was left comes again.
         with suppress(_LeavesRange):
             _, approximated = stream_diagonal(
-                program, program.training, checked, False, torch.float32, statistics
+                program, program.training, checked, False, torch.float32, statistics, sink
             )
             return approximated
     _, approximated = stream_diagonal(

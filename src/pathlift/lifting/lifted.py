@@ -109,6 +109,7 @@ def stream_diagonal(
     strict: bool = True,
     dtype: torch.dtype = torch.float64,
     statistics: Statistics | None = None,
+    absent: Callable[[str, Tensor | Product], None] | None = None,
 ) -> tuple[float, dict[str, int]]:
     """``diag(G)`` up to one power of two, parameter by parameter, each handed on once complete.
 
@@ -117,8 +118,9 @@ def stream_diagonal(
 
     Args:
         sink: called with every name and ``g * 2**-shift`` of the parameter's shape, in the order
-            of the backward pass (expanded zeros for a parameter on no path; a product for the
-            weight of a linear map that is applied to few rows).
+            of the backward pass (a product for the weight of a linear map that is applied to few
+            rows).
+        absent: called with expanded zeros for a parameter on no path, in place of ``sink``.
 
     Returns:
         The shift, and the operations a stand-in was used for.
@@ -131,7 +133,7 @@ def stream_diagonal(
             )
         if result.total.requires_grad:
             torch.autograd.grad(result.total, store.token, allow_unused=True)
-    store.finish()
+    store.finish(absent or sink)
     return result.shift, result.approximated
 
 

@@ -111,10 +111,16 @@ class DroppedParameters:
 
     def square(self, name: str) -> Tensor:
         """The square of a parameter (in its unit), made now."""
-        value, self.units[name] = _power(
-            self._program.value(name), 2, self.device, self.dtype, self.units.get(name)
-        )
+        q = self._program.value(name)
+        value, _ = _power(q, 2, self.device, self.dtype, self._unit_of(name, q))
         return value
+
+    def _unit_of(self, name: str, q: Tensor) -> int:
+        """Found from the largest entry where that is known, so that the tensor is not read."""
+        if name not in self.units:
+            peak = (self._program.peaks or {}).get(name)
+            self.units[name] = unit_exponent(q) if peak is None else _unit(peak)
+        return self.units[name]
 
     def open(self, name: str, by_rows: bool) -> Tensor | SquaredRows:
         """The squared parameter, as an output of a node whose gradient goes to the sink.
@@ -123,7 +129,7 @@ class DroppedParameters:
         """
         if by_rows:
             value = self.value(name)
-            self.units[name] = unit_exponent(value)
+            self._unit_of(name, value)
             return SquaredRows(self, name, value)
         u: Tensor = _Square.apply(self.token, self, name)  # type: ignore[no-untyped-call]
         storage = u.untyped_storage()
@@ -162,11 +168,11 @@ class DroppedParameters:
         self.arrived.add(name)
         self._sink(name, rescaled(gradient, self.units[name]))
 
-    def finish(self) -> None:
+    def finish(self, sink: Callable[[str, Tensor | Product], None]) -> None:
         """Hand on zeros for every parameter on no path (all one zero, expanded)."""
         for name, q in self._program.parameters.items():
             if name in self._names and name not in self.arrived:
-                self._sink(name, torch.zeros((), dtype=self.dtype).expand(q.shape))
+                sink(name, torch.zeros((), dtype=self.dtype).expand(q.shape))
 
 
 class _Square(torch.autograd.Function):
@@ -262,7 +268,10 @@ def unit_exponent(q: Tensor) -> int:
     peak = max(abs(low), abs(high))
     if peak == 0 or not math.isfinite(peak):
         return 0
-    exponent = math.frexp(peak)[1]
+    return _unit(math.frexp(peak)[1])
+
+
+def _unit(exponent: int) -> int:
     return exponent if abs(exponent) > 12 else 0
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.sparse import linalg
 
 from pathlift.solve.matrix import Array
 from pathlift.solve.operator import Operator
@@ -98,12 +98,14 @@ def _order(row: IntArray, col: IntArray, size: int) -> IntArray:
     return np.arange(size)
 
 
-def factored(matrix: sparse.csc_array, order: str) -> linalg.SuperLU:
-    """Factors of a symmetric matrix.
+def factored(matrix: sparse.csc_array, order: str) -> Any:
+    """Factors of a symmetric matrix (SuperLU).
 
     Raises:
         RuntimeError: it is singular.
     """
+    from scipy.sparse import linalg  # 50 ms, and small problems factor nothing
+
     # few entries to a column: blocks of columns, which SuperLU is made for, only cost
     return linalg.splu(
         matrix,

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.sparse import linalg
 from torch import Tensor
 
 from pathlift.solve.matrix import Array
@@ -44,6 +43,8 @@ def level_scales(group: RescalingGroup, value: Callable[[str], Tensor]) -> Array
 
     def normal(scales: Array) -> Array:
         return gathered(moved(scales))
+
+    from scipy.sparse import linalg  # 50 ms, for canonical forms alone
 
     h = group.num_scales
     squares = _squared_counts(group, moving, live)

@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy import sparse
-from scipy.sparse import csgraph
 
 from pathlift.solve.inner import Inner
 from pathlift.solve.low import Low
 from pathlift.solve.matrix import Array, BoolArray
 from pathlift.solve.problem import IntArray
+from pathlift.symmetry.graphs import components
 
 
 class Meetings:
@@ -29,8 +29,9 @@ class Meetings:
 
     def __init__(self, inner: Inner, low: Low) -> None:
         size, rows = inner.kept.size, low.shape[0]
-        links = sparse.csr_array((np.ones(inner.row.size), (inner.row, inner.col)), (size, size))
-        parts, part = csgraph.connected_components(links, directed=False)
+        joined = components(size, inner.row, inner.col)
+        part = np.unique(joined, return_inverse=True)[1]
+        parts = int(part.max(initial=-1)) + 1
         position = np.full(low.shape[1], -1)
         position[inner.kept] = np.arange(size)
         place = position[low.indices]

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
-from scipy.sparse import linalg as _sparse_linalg
 
 from pathlift.solve.inner import factored
 from pathlift.solve.matrix import Array, BoolArray
@@ -135,7 +134,9 @@ def _inverse(diagonal: Array, kept: BoolArray) -> Array:
 def _core_solver(core: sparse.csc_array) -> Precondition:
     """Solve with the core; that of many matrices is sparse, since only neighbours share a scale."""
     if core.shape[0] > _DENSE_CORE:
+        from scipy.sparse import linalg  # 50 ms, and small problems have small cores
+
         with suppress(RuntimeError):  # exactly singular
-            return _sparse_linalg.splu(core).solve
+            return linalg.splu(core).solve
     inverse = np.linalg.pinv(core.toarray())
     return lambda r: np.asarray(inverse @ r)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import breadth_first_order, connected_components
 
+from pathlift.symmetry import graphs
 from pathlift.symmetry.elimination import Row, eliminate
 from pathlift.symmetry.scales import distinct
 
@@ -121,8 +121,7 @@ class Equations:
         if self._before is None:
             left = np.concatenate([a for a, _ in self.pairs]) if self.pairs else np.zeros(0, int)
             right = np.concatenate([b for _, b in self.pairs]) if self.pairs else np.zeros(0, int)
-            graph = sp.coo_array((np.ones(len(left), np.int8), (left, right)), (self.size,) * 2)
-            _, self._before = breadth_first_order(graph.tocsr(), 0, directed=False)
+            self._before = graphs.parents(self.size, left, right)
         if variable == 0 or self._before[variable] < 0:
             return None
         while self._before[variable] != 0:
@@ -144,9 +143,8 @@ def components(count: int, a: Int, b: Int, opposite: NDArray[np.bool_]) -> tuple
     flip = opposite * np.int64(count)
     left = np.concatenate([[0], a, a + count])
     right = np.concatenate([[count], b + flip, b + count - flip])
-    graph = sp.coo_array((np.ones(len(left), dtype=np.int8), (left, right)), (2 * count,) * 2)
-    _, joined = connected_components(graph.tocsr(), directed=False)
-    plus, minus = joined[:count].astype(np.int64), joined[count:].astype(np.int64)
+    joined = graphs.components(2 * count, left, right)
+    plus, minus = joined[:count], joined[count:]
     either = np.minimum(plus, minus)
     either[plus == minus] = plus[0]
     _, first, labels = np.unique(either, return_index=True, return_inverse=True)

@@ -10,10 +10,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor
 
 from pathlift.symmetry.equations import Equations
+from pathlift.symmetry.graphs import forest
 from pathlift.symmetry.scales import axis_components, distinct, varying
 
 # From this many entries on it pays to look for those that span the others.
@@ -130,11 +130,8 @@ def _spanning_entries(ids: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     if len(ids) > 2 or len(ids[0]) < _LARGE:
         return ids
     size = 1 + max(int(i.max()) for i in ids)
-    ones = np.ones(len(ids[0]), dtype=np.int8)
-    edges = sp.coo_array((ones, (ids[0], ids[1] + size)), (2 * size,) * 2).tocsr()
-    edges.data[:] = 1
-    forest = minimum_spanning_tree(edges).tocoo()
-    return [forest.row.astype(np.int64), forest.col.astype(np.int64) - size]
+    first, second = forest(2 * size, ids[0], ids[1] + size)
+    return [first, second - size]
 
 
 def restrict_to_effect(basis: sp.csr_array, specs: dict[str, ParameterScales]) -> sp.csr_array:
