@@ -8,7 +8,7 @@ attributes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from pathlift.homes.home import Home
 from pathlift.homes.snapshot import Snapshot
 from pathlift.surroundings import callers_device, plain_arithmetic
 from pathlift.symmetry.group import RescalingGroup
+from pathlift.tensors.alike import alike, gaps
 from pathlift.tensors.rescale import Undo
 
 # Per run, every tensor that can be seen after it.
@@ -275,7 +276,8 @@ def _coarsest(program: Program) -> float:
 
 def largest_change(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]) -> float:
     """The largest absolute difference of an output; 0.0 if all bits agree (NaN agrees with NaN)."""
-    return _over(before, after, _change)
+    changes = _changes(before, after)
+    return float("inf") if changes is None else max((gap for _, gap, _ in changes), default=0.0)
 
 
 def excess(
@@ -285,37 +287,25 @@ def excess(
 
     ``least``: a tolerance that is granted to every tensor.
     """
+    changes = _changes(before, after)
+    if changes is None:
+        return float("inf")
+    relative = (
+        gap / max(size * max(TOLERANCES[tensor.dtype], least), 1e-300)
+        for tensor, gap, size in changes
+        if tensor.dtype in TOLERANCES
+    )
+    return max(relative, default=0.0)
 
-    def relative(a: Tensor, b: Tensor) -> float:
-        if a.dtype not in TOLERANCES or not a.numel():
-            return 0.0
-        finite = a.isfinite()
-        size = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
-        return _change(a, b) / max(size * max(TOLERANCES[a.dtype], least), 1e-300)
 
-    return _over(before, after, relative)
-
-
-def _over(
-    before: Sequence[Sequence[Tensor]],
-    after: Sequence[Sequence[Tensor]],
-    measure: Callable[[Tensor, Tensor], float],
-) -> float:
+def _changes(
+    before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]
+) -> list[tuple[Tensor, float, float]] | None:
+    """Tensors that changed, by how much, and their sizes; None if there are others than before."""
     if [len(x) for x in before] != [len(x) for x in after]:
-        return float("inf")
+        return None
     pairs = [p for x, y in zip(before, after, strict=True) for p in zip(x, y, strict=True)]
-    return max((measure(a, b) for a, b in pairs), default=0.0)
-
-
-def _change(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return float("inf")
-    if torch.equal(a, b) or (
-        (a.is_floating_point() or a.is_complex())
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
-        and torch.equal(a.isnan(), b.isnan())
-    ):
-        return 0.0
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    gap = (a.to(wide) - b.to(wide)).abs()
-    return float(gap.nan_to_num(nan=float("inf")).max())
+    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+        return None
+    changed = [p for p, same in zip(pairs, alike(pairs), strict=True) if not same]
+    return [(a, *found) for (a, _), found in zip(changed, gaps(changed), strict=True)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pathlift.tensors.alike import differing
 from pathlift.tensors.shards import is_sharded, local_part
 
 # What torch raises where a tensor has no storage: functorch's wrappers, opaque layouts, lazy
@@ -55,18 +56,18 @@ class Memory:
         """A tensor as it is now; its bytes too, unless it is a parameter."""
         return TensorState(tensor, [] if isinstance(tensor, nn.Parameter) else self.add(tensor))
 
-    def differs(self, name: int) -> bool:
-        """Whether other bytes lie in a storage than when it was added."""
-        storage, copy = self._kept[name]
-        return storage.nbytes() != copy.nbytes() or not torch.equal(_bytes(storage), _bytes(copy))
+    def differing(self) -> set[int]:
+        """The names of storages in which other bytes lie than when they were added."""
+        pairs = ((_bytes(storage), _bytes(copy)) for storage, copy in self._kept.values())
+        return {n for n, other in zip(self._kept, differing(pairs), strict=True) if other}
 
     def restore(self) -> None:
         """Put back the bytes of every storage in which they differ."""
-        for name, (storage, copy) in self._kept.items():
-            if self.differs(name):
-                if storage.nbytes() != copy.nbytes():
-                    storage.resize_(copy.nbytes())
-                storage.copy_(copy)
+        for name in self.differing():
+            storage, copy = self._kept[name]
+            if storage.nbytes() != copy.nbytes():
+                storage.resize_(copy.nbytes())
+            storage.copy_(copy)
 
 
 class TensorState:
@@ -86,11 +87,14 @@ class TensorState:
         """Take the version that the tensor has now for the unchanged one."""
         self._version = _version(self.tensor)
 
-    def written(self, memory: Memory) -> bool:
-        """Whether the tensor was written to, by the count of its version or by its bytes."""
+    def written(self, differing: set[int]) -> bool:
+        """Whether the tensor was written to, by the count of its version or by its bytes.
+
+        ``differing``: see :meth:`Memory.differing`.
+        """
         if _version(self.tensor) != self._version or self._moved():
             return True
-        return any(memory.differs(name) for name in self._names)
+        return not differing.isdisjoint(self._names)
 
     def _moved(self) -> bool:
         """Whether ``.data``, ``set_`` or ``resize_`` has put other memory under the tensor."""

@@ -188,8 +188,9 @@ class Snapshot:
         for held in self._holders():
             for place, what in self._changes_of(held):
                 found.append(Change(place.path, place.attribute, what))
+        differing = self._memory.differing()
         for state, place in self._tensors.values():
-            if state.written(self._memory):
+            if state.written(differing):
                 found.append(Change(place.path, place.attribute, "tensor written in place"))
         return list(dict.fromkeys(found))
 
@@ -199,7 +200,8 @@ class Snapshot:
 
     def written(self) -> set[int]:
         """Ids of the tensors whose values were written."""
-        return {i for i, (state, _) in self._tensors.items() if state.written(self._memory)}
+        differing = self._memory.differing()
+        return {i for i, (state, _) in self._tensors.items() if state.written(differing)}
 
     def replaced(self) -> set[int]:
         """Ids of the tensors in whose place there is something else now."""
