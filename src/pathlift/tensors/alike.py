@@ -36,6 +36,7 @@ def gaps(pairs: Sequence[Pair]) -> list[tuple[float, float]]:
         wide = torch.complex128 if a.is_complex() else torch.float64
         one, other = a.detach().to(wide), b.detach().to(wide)
         gap = torch.where(_same_entries(one, other), 0.0, (one - other).abs())
+        gap = gap.nan_to_num(nan=torch.inf, posinf=torch.inf)
         size = torch.where(one.isfinite(), one.abs(), 0.0)
         zero = gap.new_zeros(1)
         numbers.append(
