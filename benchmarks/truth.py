@@ -260,23 +260,28 @@ def three_calls() -> list[Row]:
 def llama() -> list[Row]:
     x = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(1))
 
-    def trained(conditioned: bool) -> tuple[float, pathlift.ConditioningReport | None]:
-        torch.manual_seed(0)
+    def trained(seed: int, how: str) -> float:
+        torch.manual_seed(seed)
         model = Llama()
-        report = pathlift.condition_(model, x[:2]) if conditioned else None
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        if how != "without":
+            given = optimizer if how == "optimizer=" else None
+            pathlift.condition_(model, x[:2], optimizer=given)
         for _ in range(300):
             loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return float(loss.detach()), report
+        return float(loss.detach())
 
-    plain, _ = trained(False)
-    loss, report = trained(True)
-    assert report is not None
-    advice = advise(Llama(), x[:2], "adamw")
+    torch.manual_seed(0)
+    report = pathlift.condition_(Llama(), x[:2])
     span = float(report.log2_scales.max() - report.log2_scales.min())
+    losses = {
+        how: " ".join(f"{trained(seed, how):.2g}" for seed in range(3))
+        for how in ("without", "conditioned", "optimizer=")
+    }
+    advice = advise(Llama(), x[:2], "adamw")
     return [
         (
             "two-layer Llama with hand-written RMSNorm: span of its scales",
@@ -289,9 +294,10 @@ def llama() -> list[Row]:
             f"{report.imbalance_before:.3g} -> {report.imbalance_after:.3g}",
         ),
         (
-            "the same: loss on random tokens after 300 steps of AdamW at 3e-3, without and with",
-            "1.2, 3.1",
-            f"{plain:.3g}, {loss:.3g}" + (": still harm" if loss > plain else ""),
+            "the same: loss on random tokens after 300 steps of AdamW at 3e-3, seeds 0, 1, 2",
+            "1.2 without, 3.1 with",
+            f"{losses['without']} without; {losses['conditioned']} where condition_ is not told of "
+            f"the optimiser; {losses['optimizer=']} where it is (the gains of norms stay)",
         ),
         ("the same: what advise() says of it", "nothing", advice.verdict),
     ]
@@ -301,8 +307,8 @@ def bounds() -> list[Row]:
     torch.manual_seed(0)
     model, x = mlp((8, 32, 16, 4)), torch.randn(2, 8)
     with torch.no_grad():
-        model[0].weight.mul_(2.0**-100)
-        model[2].weight.mul_(2.0**100)
+        model[0].weight.mul_(2.0**-115)
+        model[2].weight.mul_(2.0**115)
     report = pathlift.condition_(model, x, **QUIET)
     said = next((w for w in report.warnings if "bounds" in w), "nothing")
     return [("scales at the bounds of their dtype", '"converged", no word', said)]
