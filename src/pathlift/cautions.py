@@ -90,11 +90,12 @@ def cautions(
     solution: Solution,
     scales: NDArray[np.generic],
     behind: int,
+    held: int = 0,
     canonical: bool = False,
 ) -> list[str]:
     """Sentences for the report, the gravest first.
 
-    ``canonical``: dead scales were given a place of their own.
+    ``held``: scales of gains that stay. ``canonical``: dead scales were given a place of their own.
     """
     found = []
     dead = len(assembled.dead)
@@ -108,6 +109,11 @@ def cautions(
         found.append(
             f"{len(solution.at_bounds):,} scales are held at the bounds of what their dtype or "
             f"norm allows ({_listed(names)}): another call would gain more"
+        )
+    if held:
+        found.append(
+            f"{held:,} of {group.num_scales:,} scales stay, those of norms' gains and layer "
+            f"scales: moved, they make an adaptive optimiser train worse"
         )
     if canonical and dead:
         found.append(

@@ -18,6 +18,7 @@ from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
 from pathlift.collector import uncollected
 from pathlift.criteria import Criterion, as_criterion, path_kernel
 from pathlift.errors import ArgumentError
+from pathlift.gains import held_gains
 from pathlift.homes.home import Home
 from pathlift.homes.sharded import home_of
 from pathlift.lifting.samples import variance_room
@@ -75,7 +76,8 @@ def condition_(
             holds state, where a tensor to be scaled is narrower than float32, and where continuous
             scales would fail. ``report.rounding`` says which, and why.
         optimizer: optimiser, or a list of them, whose state is carried along (mid-training use;
-            see :mod:`pathlift.tensors.state`).
+            see :mod:`pathlift.tensors.state`). With an adaptive one (Adam and its kin) the scales
+            of norms' gains stay as they are (:mod:`pathlift.gains`).
         solver: ``"newton"`` or ``"coordinate"`` (the published algorithm).
         tol: bound on the certificate ``max |dF/ds| / p`` (1e-8 if None; for ranges the largest
             ``|log2(range in / range out)|``, 0.05 if None).
@@ -193,7 +195,9 @@ def condition_home(
 
     how, made, change = kept(how, apply, view, before, seconds)
     behind = behind_stand_ins(program, found.approximated)
-    warned = cautions(group, program, assembled, solution, made.scales, behind, settings.canonical)
+    warned = cautions(
+        group, program, assembled, solution, made.scales, behind, found.held, settings.canonical
+    )
     report = summarised(group, found, made.scales, change, seconds)
     return replace(
         report,
@@ -211,12 +215,14 @@ class Solved:
     Attributes:
         extents: the magnitudes of what moves.
         approximated: operations a stand-in was used for, with counts.
+        held: how many scales stay for the optimiser's sake; see :mod:`pathlift.gains`.
     """
 
     assembled: Assembled
     solution: Solution
     extents: dict[str, Extent]
     approximated: dict[str, int]
+    held: int
 
 
 def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> Solved:
@@ -228,6 +234,8 @@ def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> 
         lower, upper = extent_bounds(group, extents, room)
         peaks = {n: e.exponents[1] + 1 for n, e in extents.items() if e.exponents is not None}
         program = replace(program, peaks=peaks)
+        held = held_gains(group, None if settings.canonical else settings.optimizer)
+        lower[held] = upper[held] = 0.0
         assembled, approximated = assemble_from(
             group,
             settings.criterion,
@@ -247,7 +255,7 @@ def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> 
         how = settings.solver, settings.tol
         first = solve(assembled.operator, *how)
         assembled, solution = roomier(group, extents, room, assembled, first, *how)
-    return Solved(assembled, solution, extents, approximated)
+    return Solved(assembled, solution, extents, approximated, int(held.sum()))
 
 
 def kept(

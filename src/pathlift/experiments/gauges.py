@@ -48,16 +48,7 @@ def scales(name: str, small: bool, run: Run) -> Result:
         run.progress(f"scales against {what}")
         series = []
         for widths, gain, x in points:
-            expected = expected_log2_scales(widths, "pytorch", gain=gain)
-            hidden = np.repeat(expected, widths[1:-1])
-            solved, before, after = [], [], []
-            for seed in range(samples):
-                model = _network(widths, gain, seed)
-                report = pathlift.condition_(model, torch.zeros(2, base), exact=False, verify=False)
-                solved.append(float(report.log2_scales.square().mean().sqrt()))
-                before.append(report.imbalance_before)
-                after.append(report.imbalance_after)
-            predicted = float(np.sqrt(np.mean(hidden**2)))
+            predicted, solved, before, after = _sizes(widths, gain, samples)
             series.append((x, predicted, statistics.mean(solved), min(solved), max(solved)))
             lines.append(
                 (
@@ -95,6 +86,25 @@ def scales(name: str, small: bool, run: Run) -> Result:
         "sample.",
     ]
     return Result(drawn, [Table(head, lines)], findings)
+
+
+def _sizes(
+    widths: tuple[int, ...], gain: float, samples: int
+) -> tuple[float, list[float], list[float], list[float]]:
+    """Root mean square log2 scale: predicted, and of samples; their imbalance before and after."""
+    expected = expected_log2_scales(widths, "pytorch", gain=gain)
+    predicted = float(np.sqrt(np.mean(np.repeat(expected, widths[1:-1]) ** 2)))
+    x = torch.zeros(2, widths[0])
+    reports = [
+        pathlift.condition_(_network(widths, gain, seed), x, exact=False, verify=False)
+        for seed in range(samples)
+    ]
+    return (
+        predicted,
+        [float(r.log2_scales.square().mean().sqrt()) for r in reports],
+        [r.imbalance_before for r in reports],
+        [r.imbalance_after for r in reports],
+    )
 
 
 def _draw_scales(series: list[tuple[float, float, float, float, float]], label: str) -> Any:

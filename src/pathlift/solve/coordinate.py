@@ -39,6 +39,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import sparse
 
+from pathlift.solve.exponents import shares_by_exponent
 from pathlift.solve.matrix import Array, BoolArray
 from pathlift.solve.operator import Evaluation, Operator, certificate, operator_of, solution
 from pathlift.solve.problem import LN2, IntArray, Problem, Solution
@@ -209,7 +210,7 @@ def _pattern(matrix: sparse.csr_array) -> sparse.csr_array:
 def minimise_set(operator: Operator, at: Evaluation, members: IntArray) -> Evaluation:
     """Minimise F over the scales in ``members`` (independent) jointly; never raises F."""
     problem = operator.problem
-    shares = operator.shares_by_exponent(at)
+    shares = shares_by_exponent(operator, at)
     exponents = np.asarray(sorted(shares))
     table = np.asarray([shares[e][members] for e in exponents.tolist()])
     table = table.reshape(exponents.size, members.size)

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import sparse
 
 from pathlift.solve.coordinate import independent_sets
+from pathlift.solve.exponents import shares_by_exponent
 from pathlift.solve.matrix import Array, BoolArray
 from pathlift.solve.operator import Evaluation, Operator, operator_of
 from pathlift.solve.problem import LN2, IntArray, Problem
@@ -81,7 +82,7 @@ def _improve(
 ) -> Evaluation | None:
     """Move the best subset of an independent set by one each; None if F does not fall."""
     problem = operator.problem
-    shares = operator.shares_by_exponent(at)
+    shares = shares_by_exponent(operator, at)
     slope = 2.0 * LN2 * problem.linear[members]
     total = np.zeros((2, members.size))
     for k, step in enumerate((-1.0, 1.0)):

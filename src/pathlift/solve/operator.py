@@ -83,15 +83,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """Matrix entries whose row and column carry the same scale, of one matrix."""
+class _Sums:
+    """What an evaluation gets from the products; see :class:`Evaluation`."""
 
-    block: int
-    row: IntArray
-    col: IntArray
-    scale: IntArray
-    row_exponent: Array
-    col_exponent: Array
+    weights: Array
+    log2_weights: Array
+    log2_total: float
+    factors: Array
+    levels: Array
 
 
 @dataclass
@@ -138,11 +137,10 @@ class Operator:
         mantissa, exponent = np.frexp(values[keep])
         self._mantissa = mantissa
         self._vector_exponent = exponent.astype(np.float64)
-        self._pairs: tuple[_Pairs, ...] | None = None
-        self._exponents: dict[float, sparse.csr_array] | None = None
         self._bound: sparse.csr_array | None = None
         # What coordinate descent and the preconditioner find out once, for them to keep here.
         self.sets: list[IntArray] | None = None
+        self.exponents: Any = None
         self.patterns: Any = None
         self._plain_base()
 
@@ -220,10 +218,9 @@ class Operator:
         problem, p = self.problem, self.problem.count
         slope = 2.0 * LN2 * problem.linear
         slant = float(slope @ point)
-        n = self.forms.shape[0]
         if self.empty:
             value = p * float(np.log(problem.constant)) if problem.constant > 0 else 0.0
-            zero, none = np.zeros(problem.num_scales), np.zeros(n)
+            zero, none = np.zeros(problem.num_scales), np.zeros(self.forms.shape[0])
             return Evaluation(
                 point, value + slant, slope.copy(), zero, none, none, -np.inf, none, none, ()
             )
@@ -231,51 +228,9 @@ class Operator:
         if self._drift(moved) > _DRIFT_BITS:
             self._normalise(point)
             moved = self.forms @ (point - self.centre)
-        exponent = self._base - 2.0 * moved
-        tops = np.maximum.reduceat(exponent, self._starts[:-1])
-        factors = np.exp2(exponent - np.repeat(tops, self._lengths))
-        weights = np.empty(n)
-        sums: list[float] = []
-        logs: list[float] = []
-        parts = [self.segments(b) for b in range(len(self.blocks))]
-        products = both_products(
-            self._matrices, [(factors[col], factors[row]) for row, col in parts]
-        )
-        for b, ((row, col), (across, down)) in enumerate(zip(parts, products, strict=True)):
-            weights[row], weights[col] = factors[row] * across, factors[col] * down
-            sums.append(float(weights[row].sum()))
-            logs.append(float(tops[2 * b] + tops[2 * b + 1]))
-        if self.has_vector:
-            part = self.vector_segment()
-            factors[part] *= self._mantissa
-            weights[part] = factors[part]
-            sums.append(float(weights[part].sum()))
-            logs.append(float(tops[-1]))
-        if problem.constant > 0:
-            sums.append(float(problem.constant))
-            logs.append(0.0)
-        self.passes += 1
-        levels = np.asarray(logs)
-        with np.errstate(divide="ignore"):
-            magnitudes = levels + np.log2(np.asarray(sums))
-        top = float(magnitudes.max())
-        log2_total = top + float(np.log2(np.exp2(magnitudes - top).sum()))
-        shares = np.exp2(levels - log2_total)
-        with np.errstate(divide="ignore"):
-            log2_weights = np.log2(weights)
-        for b in range(len(self.blocks)):
-            row, col = self.segments(b)
-            both = slice(row.start, col.stop)
-            weights[both] *= shares[b]
-            log2_weights[both] += levels[b] - log2_total
-        if self.has_vector:
-            part = self.vector_segment()
-            k = len(self.blocks)
-            weights[part] *= shares[k]
-            # a single entry never underflows in logarithms
-            log2_weights[part] = exponent[part] + np.log2(self._mantissa) - log2_total
-        mean = self.forms_t @ weights
-        objective = p * LN2 * log2_total + slant
+        sums = self._sums(self._base - 2.0 * moved)
+        mean = self.forms_t @ sums.weights
+        objective = p * LN2 * sums.log2_total + slant
         self._values[_key(point)] = objective
         gradient = slope - 2.0 * LN2 * p * mean
         return Evaluation(
@@ -283,13 +238,55 @@ class Operator:
             objective,
             gradient,
             mean,
-            weights,
-            log2_weights,
-            log2_total,
-            factors,
-            shares,
+            sums.weights,
+            sums.log2_weights,
+            sums.log2_total,
+            sums.factors,
+            sums.levels,
             self._matrices,
         )
+
+    def _sums(self, exponent: Array) -> _Sums:
+        """T and its shares, where every form has the factor ``2^exponent``."""
+        k = len(self.blocks)
+        tops = np.maximum.reduceat(exponent, self._starts[:-1])
+        factors = np.exp2(exponent - np.repeat(tops, self._lengths))
+        if self.has_vector:
+            factors[self.vector_segment()] *= self._mantissa
+        weights = factors.copy()
+        parts = [self.segments(b) for b in range(k)]
+        products = both_products(
+            self._matrices, [(factors[col], factors[row]) for row, col in parts]
+        )
+        for (row, col), (across, down) in zip(parts, products, strict=True):
+            weights[row] *= across
+            weights[col] *= down
+        self.passes += 1
+        # Of every matrix its rows have all of its share, and so have the single entries of theirs.
+        spans = [slice(row.start, col.stop) for row, col in parts]
+        wholes = [row for row, _ in parts]
+        levels = [float(tops[2 * b] + tops[2 * b + 1]) for b in range(k)]
+        if self.has_vector:
+            spans.append(self.vector_segment())
+            wholes.append(self.vector_segment())
+            levels.append(float(tops[-1]))
+        sums = [float(weights[whole].sum()) for whole in wholes]
+        if self.problem.constant > 0:
+            sums.append(float(self.problem.constant))
+            levels.append(0.0)
+        with np.errstate(divide="ignore"):
+            magnitudes = np.asarray(levels) + np.log2(np.asarray(sums))
+            log2_weights = np.log2(weights)
+        top = float(magnitudes.max())
+        log2_total = top + float(np.log2(np.exp2(magnitudes - top).sum()))
+        shares = np.exp2(np.asarray(levels) - log2_total)
+        for span, level, share in zip(spans, levels, shares, strict=False):
+            weights[span] *= share
+            log2_weights[span] += level - log2_total
+        if self.has_vector:  # a single entry never underflows in logarithms
+            part = self.vector_segment()
+            log2_weights[part] = exponent[part] + np.log2(self._mantissa) - log2_total
+        return _Sums(weights, log2_weights, log2_total, factors, shares)
 
     def hessian_product(self, at: Evaluation, direction: Array) -> Array:
         """``4 ln2^2 p (E^T diag(w) E - (E^T w)(E^T w)^T) direction``: one pair of products."""
@@ -306,19 +303,6 @@ class Operator:
         self.passes += 1
         product = self.forms_t @ out - at.mean * float(at.mean @ direction)
         return np.asarray(4.0 * LN2**2 * self.problem.count * product)
-
-    def hessian_diagonal(self, at: Evaluation) -> Array:
-        """Diagonal of the Hessian, ``(H,)``, exactly."""
-        if self.empty:
-            return np.zeros(self.problem.num_scales)
-        squares = self.forms_t.copy()
-        squares.data = squares.data**2
-        diagonal = squares @ at.weights
-        for pairs in self.pairs_of_one_scale():
-            share = self.pair_weights(at, pairs)
-            cross = 2.0 * pairs.row_exponent * pairs.col_exponent * share
-            diagonal += np.bincount(pairs.scale, cross, minlength=diagonal.size)
-        return np.asarray(4.0 * LN2**2 * self.problem.count * (diagonal - at.mean**2))
 
     # -- sums over matrices, for the rank-one model ---------------------------------------------
 
@@ -341,78 +325,6 @@ class Operator:
                 positive = matrix.positive()
                 counts[row], counts[col] = positive.sum(1), positive.sum(0)
         return counts
-
-    # -- entries by exponent -------------------------------------------------------------------
-
-    def pairs_of_one_scale(self) -> tuple[_Pairs, ...]:
-        """Matrix entries whose row and column forms both contain one and the same scale."""
-        if self._pairs is None:
-            found = []
-            for b in range(len(self.blocks)):
-                pairs = self._pairs_of(b)
-                if pairs.row.size:
-                    found.append(pairs)
-            self._pairs = tuple(found)
-        return self._pairs
-
-    def _pairs_of(self, b: int) -> _Pairs:
-        row, col = self.segments(b)
-        rows, cols = self.forms[row].tocsc(), self.forms[col].tocsc()
-        nr, nc = np.diff(rows.indptr), np.diff(cols.indptr)
-        shared = np.flatnonzero((nr > 0) & (nc > 0))
-        o: list[Any] = [np.zeros(0, np.int64)]
-        i: list[Any] = [np.zeros(0, np.int64)]
-        x: list[Any] = [np.zeros(0)]
-        y: list[Any] = [np.zeros(0)]
-        for h in shared:
-            ro = slice(rows.indptr[h], rows.indptr[h + 1])
-            co = slice(cols.indptr[h], cols.indptr[h + 1])
-            o.append(np.repeat(rows.indices[ro], nc[h]))
-            x.append(np.repeat(rows.data[ro], nc[h]))
-            i.append(np.tile(cols.indices[co], nr[h]))
-            y.append(np.tile(cols.data[co], nr[h]))
-        scale = np.repeat(shared, nr[shared] * nc[shared]).astype(np.int64)
-        return _Pairs(
-            b,
-            np.concatenate(o).astype(np.int64),
-            np.concatenate(i).astype(np.int64),
-            scale,
-            np.concatenate(x),
-            np.concatenate(y),
-        )
-
-    def pair_weights(self, at: Evaluation, pairs: _Pairs) -> Array:
-        """Share of T of each entry in ``pairs``."""
-        row, col = self.segments(pairs.block)
-        picked = at.matrices[pairs.block].pick(pairs.row, pairs.col)
-        scaled = picked * at.factors[row][pairs.row] * at.factors[col][pairs.col]
-        return np.asarray(at.levels[pairs.block] * scaled)
-
-    def shares_by_exponent(self, at: Evaluation) -> dict[float, Array]:
-        """Per non-zero exponent e: ``(H,)``, the share of T of the entries with E_ih = e."""
-        if self._exponents is None:
-            values = np.unique(self.forms_t.data)
-            self._exponents = {float(e): _indicator(self.forms_t, e) for e in values}
-        h = self.problem.num_scales
-        shares = {e: np.asarray(k @ at.weights) for e, k in self._exponents.items()}
-        gross = {e: q.copy() for e, q in shares.items()}
-        for pairs in self.pairs_of_one_scale():
-            weight = self.pair_weights(at, pairs)
-            total = pairs.row_exponent + pairs.col_exponent
-            for sign, exponents in (
-                (-1, pairs.row_exponent),
-                (-1, pairs.col_exponent),
-                (1, total),
-            ):
-                for e in np.unique(exponents):
-                    pick = exponents == e
-                    change = np.bincount(pairs.scale[pick], weight[pick], minlength=h)
-                    shares[float(e)] = shares.get(float(e), np.zeros(h)) + sign * change
-        for e, q in gross.items():
-            if self.pairs_of_one_scale():  # differences of equal numbers leave rounding errors
-                shares[e][shares[e] < 1e-13 * q] = 0.0
-        shares.pop(0.0, None)
-        return shares
 
 
 def operator_of(problem: Problem | Operator) -> Operator:
@@ -469,10 +381,3 @@ def _key(point: Array) -> bytes:
 
 def _csr(forms: sparse.csr_array) -> sparse.csr_array:
     return sparse.csr_array(forms, dtype=np.float64)
-
-
-def _indicator(forms_t: sparse.csr_array, value: float) -> sparse.csr_array:
-    out = forms_t.copy()
-    out.data = (out.data == value).astype(np.float64)
-    out.eliminate_zeros()
-    return out

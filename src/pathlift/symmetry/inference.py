@@ -32,6 +32,7 @@ from pathlift.symmetry.scales import (
     values_in,
     varying,
 )
+from pathlift.symmetry.statistics import running_statistics
 
 assert operations  # importing the package fills the table
 
@@ -365,22 +366,6 @@ class Inference:
             raise Undescribed
         flat = [g.reshape(-1).numpy() for g in grids]
         self.equations.add([c for c, _ in terms], flat, self._here())
-
-
-def running_statistics(program: Program) -> list[str]:
-    """Buffers that only batch norms read, as running mean or variance."""
-    found: dict[str, bool] = {}
-    for graph in program.graphs:
-        for symbol, name in graph.tensors.items():
-            if name not in program.buffers or symbol not in graph.uses:
-                continue
-            fits = symbol not in graph.leaving and all(
-                operations.normalization.is_batch_norm(call)
-                and symbol in (call["running_mean"], call["running_var"])
-                for call in graph.uses[symbol]
-            )
-            found[name] = found.get(name, True) and fits
-    return [name for name, fits in found.items() if fits]
 
 
 def _has_scale(symbol: Symbol) -> bool:
