@@ -2,6 +2,7 @@
 
     python benchmarks/quantization.py                        # all networks, 5 seeds
     python benchmarks/quantization.py --networks resnet18 --seeds 1 --json /tmp/now.json
+    python benchmarks/quantization.py --resume               # what the file lacks
     python benchmarks/quantization.py --page                 # only write the tables from the file
     python benchmarks/quantization.py --figure               # only draw the page's figure
 
@@ -276,6 +277,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", default=";".join(NETWORKS), help="separated by ;")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--from-seed", type=int, default=0, help="the first one (default 0)")
+    parser.add_argument("--resume", action="store_true", help="keep the file's rows, add others")
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--page", action="store_true", help="only write the page's tables")
     parser.add_argument("--figure", action="store_true", help="only draw the figure")
@@ -291,10 +294,14 @@ def main() -> None:
     others = compared.tools()
     versions = {"torch": torch.__version__, **compared.versions()}
     known = json.loads(args.json.read_text()) if args.json.exists() else {}
-    data = {"versions": versions, "rows": [], "trained": known.get("trained", [])}
+    rows = known.get("rows", []) if args.resume else []
+    data = {"versions": versions, "rows": rows, "trained": known.get("trained", [])}
+    done = {(r["network"], r["seed"]) for r in rows}
     # Seed by seed, so that a run that is cut short has every network.
-    for seed in range(args.seeds):
+    for seed in range(args.from_seed, args.seeds):
         for name in args.networks.split(";"):
+            if (name, seed) in done:
+                continue
             data["rows"].append(row(name, seed, others))
             print(name, seed, json.dumps(data["rows"][-1]["sqnr"]["int8 weights"]), flush=True)
             args.json.write_text(json.dumps(data, indent=1) + "\n")

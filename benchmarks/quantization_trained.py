@@ -87,8 +87,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "CNN, MNIST": Case("mnist", lambda: cnn(1, (16, 24, 32)), 20_000, 3, 4e-3, 4_000),
-    "transformer, MNIST": Case("mnist", Transformer, 20_000, 5, 2e-3, 4_000),
+    "CNN, MNIST": Case("mnist", lambda: cnn(1, (16, 32, 64)), 30_000, 4, 5e-3, 4_000),
+    "transformer, MNIST": Case("mnist", Transformer, 40_000, 6, 3e-3, 4_000),
     "CNN, CIFAR-10": Case("cifar10", lambda: cnn(3, (32, 48, 64)), 20_000, 6, 4e-3, 4_000),
 }
 

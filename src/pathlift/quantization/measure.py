@@ -176,11 +176,14 @@ def _add_sample(
     gradients = torch.autograd.grad(probe, wanted, allow_unused=True)
     found.power += sum(float(t.detach().double().square().sum()) for t in out)
     for name, gradient in zip(leaves, gradients, strict=False):
-        if name not in found.sensitivity:
-            found.sensitivity[name] = torch.zeros_like(leaves[name], dtype=torch.float32)
+        known = found.sensitivity.get(name)
         if gradient is not None:
             slope = gradient.detach().float()
-            found.sensitivity[name].addcmul_(slope, slope)
+            found.sensitivity[name] = (
+                slope.square() if known is None else known.addcmul_(slope, slope)
+            )
+        elif known is None:
+            found.sensitivity[name] = torch.zeros_like(leaves[name], dtype=torch.float32)
     for (name, _, axis), gradient in zip(live, gradients[len(leaves) :], strict=True):
         if gradient is not None:
             others = [d for d in range(gradient.dim()) if d != axis % gradient.dim()]

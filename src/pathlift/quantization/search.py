@@ -29,7 +29,9 @@ _ROUNDS = 3
 # Powers of the sensitivities that are tried, and parts of the way to the least error; the latter
 # also in models of no more entries than this, where one rounding is a draw and trying costs little.
 _POWERS, _PARTS, _SMALL = (0.5, 0.0), (0.5, 0.75), 1 << 20
-_DRAWS = 32
+# How many sets of scales are drawn at most, and how many entries may be rounded for that in models
+# that are not small, where steps are few or layers' inputs are rounded, too.
+_DRAWS, _DRAWN = 32, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,8 @@ def search(
     if not asked.coarse and plain.total(scales) >= plain.total(none):
         result.scales.clear()
         return result
-    small = sum(one.parameter.numel() for one in found) <= _SMALL
+    entries = sum(one.parameter.numel() for one in found)
+    small = entries <= _SMALL
     if asked.coarse:
         for _ in range(_ROUNDS):
             scales = add(errors(scales), scales, STAGES[-1:])
@@ -207,7 +210,10 @@ def search(
             add(plain.replaced([flattened(t, power) for t in plain.terms]), none)
     if asked.coarse or small:
         result.scales += [part * scales for part in _PARTS]
-    result.draws = _DRAWS if small else 0
+    if small:
+        result.draws = _DRAWS
+    elif asked.coarse or measured.inputs:
+        result.draws = min(_DRAWS, _DRAWN // entries)
     return result
 
 
