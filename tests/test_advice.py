@@ -62,6 +62,16 @@ def test_rates_are_the_measured_ones() -> None:
     assert [g for g, sign in sorted(zip(gains, signs, strict=True)) if sign == 1][::4] == [3, 17]
 
 
+def test_batch_norms_want_a_batch() -> None:
+    model = mlp((6, 24, 3, 6), batch_norm=True)
+    said = "statistics of 2 examples, too few"
+    assert any(said in r for r in advise(model, torch.randn(2, 6), "sgd").reasons)
+    assert not any("too few" in r for r in advise(model, torch.randn(16, 6), "sgd").reasons)
+    model.train()(torch.randn(16, 6))  # they have seen a batch
+    assert not any("too few" in r for r in advise(model, torch.randn(2, 6), "sgd").reasons)
+    assert not any("too few" in r for r in advise(mlp((6, 9, 6)), torch.randn(2, 6)).reasons)
+
+
 def test_frozen_parameters_are_spoken_of() -> None:
     model, x = mlp((3, 8, 2)), torch.zeros(2, 3)
     assert advise(model, x).frozen.startswith("nothing is.")
