@@ -23,8 +23,12 @@ VERDICTS = (LIKELY, NOTHING, DONT)
 SMALL_FALL = 0.05
 # Widest hidden layer over narrowest, from which on widths count as changing.
 CHANGING = 2.0
+# The same, from which on a code is so narrow that few paths share most of their weights.
+NARROW = 32.0
 # Norms per weight tensor, from which on a network counts as normalised.
 NORMALISED = 0.25
+# Share of weights with more than two axes, from which on a network counts as convolutional.
+CONVOLUTIONAL = 0.5
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def judged(facts: Facts) -> Finding:
         f"widths change {facts.width_ratio:.3g} times",
         f"Widths change ({facts.width_ratio:.3g} times) and plain SGD has one rate for all "
         f"layers: autoencoders ended 5% to 17% lower and a classifier with a bottleneck 38%, "
-        f"each at its own best rate.",
+        f"each at its own best rate, which is another one than without.",
     )
 
 
@@ -114,21 +118,29 @@ def _normalised(facts: Facts) -> Finding | None:
             "attention or norms decide the size of activations",
             "Attention or norms that act on every sample decide the size of activations here, "
             "which the path kernel does not see: a two-layer transformer on text with AdamW ended "
-            "23% higher, each at its own best rate; with criterion='weight-norm' it ended where it "
-            "does without.",
+            "10% higher, at a sixteenth of its old best rate, and 31% higher at the old one; with "
+            "criterion='weight-norm' it ended where it does without.",
         )
     return None
 
 
 def _behind_batch_norms(facts: Facts) -> Finding | None:
-    if facts.batch_norms >= NORMALISED:
+    if facts.batch_norms < NORMALISED or facts.convolutions >= CONVOLUTIONAL:
+        return None
+    if facts.width_ratio < CHANGING:
         return Finding(
             DONT,
             "batch norms divide a scale out again",
             "Batch norms divide a scale out again, which the path kernel does not see: behind them "
-            "a classifier with a bottleneck ended 39% higher, and equal widths gained nothing.",
+            "networks of equal widths ended 35% (digits) and 42% (CIFAR-10) higher.",
         )
-    return None
+    return Finding(
+        NOTHING,
+        "batch norms divide a scale out again",
+        "Batch norms divide a scale out again, so that what changes most is the rate that is "
+        "needed: a classifier with a bottleneck ended 36% lower at 5.1 times its old best rate and "
+        "67% higher at the old one.",
+    )
 
 
 def _adaptive(facts: Facts) -> Finding | None:
@@ -138,25 +150,28 @@ def _adaptive(facts: Facts) -> Finding | None:
             "Adam and its kin balance by themselves",
             "Adam and its kin take steps of one size in every parameter, so they have balanced "
             "most of what conditioning balances: over 20 seeds at own best rates neither an "
-            "autoencoder (3% lower) nor a classifier (6% higher) showed a difference.",
+            "autoencoder (3% lower) nor a classifier (6% higher) showed a difference. MNIST's "
+            "autoencoder ended 7% lower with AdamW (5 seeds).",
         )
     if facts.optimizer == "muon":
         return Finding(
             NOTHING,
             "Muon takes steps of one size",
-            "Muon takes steps of one size in every direction of a layer; no run with it has shown "
-            "a gain.",
+            "Muon takes steps of one size in every direction of a layer: an autoencoder showed no "
+            "difference; a classifier with a bottleneck ended 98% lower, at training losses below "
+            "1e-3 that its test loss did not follow.",
         )
     return None
 
 
 def _convolutional(facts: Facts) -> Finding | None:
-    if facts.convolutions >= 0.5:
+    if facts.convolutions >= CONVOLUTIONAL:
         return Finding(
             NOTHING,
             "most weights are convolutions",
-            "Most weights are convolutions: a fully convolutional network gained nothing, and with "
-            "continuous scales ended higher, its largest rates being no longer stable.",
+            "Most weights are convolutions: a fully convolutional network gained nothing and lost "
+            "its largest rates. A ResNet-18 of 6 channels ended lower (3 seeds); none of a usual "
+            "size has been tried.",
         )
     return None
 
@@ -183,9 +198,23 @@ def _equal(facts: Facts) -> Finding | None:
     return None
 
 
+def _narrow(facts: Facts) -> Finding | None:
+    if facts.width_ratio >= NARROW:
+        return Finding(
+            NOTHING,
+            f"widths change {facts.width_ratio:.3g} times, to a narrow code",
+            f"Widths change {facts.width_ratio:.3g} times: in so narrow a code few paths share "
+            f"most of their weights, of which the path kernel's diagonal says least. With codes of "
+            f"4 the autoencoders of MNIST and Fashion-MNIST showed no difference (with a code of 2 "
+            f"that of digits ended 5% lower); with criterion='weight-norm' they ended 3% and 4% "
+            f"lower, at their old best rates.",
+        )
+    return None
+
+
 _RULES = (
     *(_nothing_moves, _normalised, _behind_batch_norms, _adaptive),
-    *(_convolutional, _level, _equal),
+    *(_convolutional, _level, _equal, _narrow),
 )
 
 _ADAPTIVE = (
@@ -266,9 +295,12 @@ def facts_of(
 
 
 def _free_widths(group: RescalingGroup) -> list[int]:
-    """Output channels of every weight whose outputs can be rescaled one by one."""
+    """Channels of every weight whose outputs can be rescaled one by one.
+
+    Vectors count: behind a batch norm it is its gain and bias that can be, not the weight.
+    """
     return [
         spec.shape[0]
         for spec in group.parameters.values()
-        if len(spec.shape) > 1 and any(axes == (0,) for axes, _ in spec.components())
+        if any(axes == (0,) for axes, _ in spec.components())
     ]

@@ -77,7 +77,7 @@ def test_advise(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", spec, "--input", "2,4", "--optimizer", "sgd", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["verdict"] == "likely to help" and data["facts"]["num_scales"] == 33
-    assert data["settings"]["exact"] is False and data["rate_ratio"] == [0.45, 1.5]
+    assert data["settings"]["exact"] is False and data["rate_ratio"] == [0.25, 1.5]
     assert main(["advise", spec, "--input", "2,4", "--optimizer", "adamw"]) == 0
     assert capsys.readouterr().out.startswith("conditioning  nothing to do\n")
 

@@ -158,7 +158,10 @@ def test_training_alone_writes_cells_that_a_later_call_writes_up(
     pack.unlink()
     assert main([*words, "--finished", "fully-connected"]) == 0
     assert Store(tmp_path / "none", [pack]).keys() == whole - {first.key}
-    assert EXPERIMENTS["fully-connected"].title in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert EXPERIMENTS["fully-connected"].title in text
+    assert f"Not trained yet: {study.family[8.0]} (digits, sgd, batch norm)." in text
+    assert "trained on an" not in text  # a CPU needs no mention
 
 
 def test_networks_of_all_studies_take_turns() -> None:

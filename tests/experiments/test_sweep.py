@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from pathlift.errors import ArgumentError
 from pathlift.experiments import sweep as module
@@ -97,6 +98,21 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="no space"):
         store.write("a", {"rate": 0.1})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_say_on_what_they_were_trained(tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    (row,) = run_job([CELL], Place(tf32=True))
+    assert torch.get_float32_matmul_precision() == before
+    assert row["device"] == "cpu" and row["job_cells"] == 1
+    assert 0 < row["job_preparation_seconds"] < row["job_seconds"]
+    # Older rows lack those columns; a pack holds both.
+    store = Store(tmp_path)
+    store.write("new", {k: v for k, v in row.items() if k != "key"})
+    store.write("a-old", {"rate": 0.1})
+    store.pack(["new", "a-old"], tmp_path / "pack.parquet")
+    old, new = Store(tmp_path / "none", [tmp_path / "pack.parquet"]).read(["a-old", "new"])
+    assert old["device"] is None and new["device"] == "cpu"
 
 
 def test_a_job_that_fails_stops_no_other(tmp_path: Path) -> None:

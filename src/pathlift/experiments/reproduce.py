@@ -133,10 +133,11 @@ EXPERIMENTS: dict[str, Experiment] = {
     "when": Experiment(
         "When it helps",
         "The runs of the decision above, and contrasts on digits with 5 seeds: equal widths, "
-        "a wide middle, batch norms, a code of 2, a fully convolutional network, AdamW; and a "
-        "transformer on Python's manual, character by character (240 steps of 16 pieces). Gains "
-        "are shares of the baseline's final loss (positive: lower loss), with 95% intervals over "
-        "paired seeds. The table is also in when.json.",
+        "a wide middle, batch norms, a code of 2, a fully convolutional network, AdamW, Muon; a "
+        "transformer on Python's manual, character by character (240 steps of 16 pieces); and the "
+        "full-size runs and optimisers above. Gains are shares of the baseline's final loss "
+        "(positive: lower loss), with 95% intervals over paired seeds. The table is also in "
+        "when.json.",
         _when,
         when.studies,
     ),
