@@ -66,13 +66,13 @@ def test_diagonal(shape: tuple[int, ...], piece: int, seed: int, double: bool) -
     made: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pathlift.tensors.pieces.HOST", piece)
-        init = parameters.SquaredRows.__init__
+        init = parameters.LiftedRows.__init__
 
-        def note(self: parameters.SquaredRows, *args: Any) -> None:
+        def note(self: parameters.LiftedRows, *args: Any) -> None:
             made.append(args[1])
             init(self, *args)
 
-        patch.setattr(parameters.SquaredRows, "__init__", note)
+        patch.setattr(parameters.LiftedRows, "__init__", note)
         stream_diagonal(program, True, found.__setitem__, dtype=dtype)
     linear = {"first.weight", "skipped.weight", "last.weight"}
     assert set(made) == linear  # all but the convolution's and the reused one

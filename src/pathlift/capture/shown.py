@@ -53,10 +53,14 @@ def shown(model: nn.Module, out: Any) -> Shown:
     parameters = {id(p) for p in model.parameters()}
     left = [t for t in (*model.buffers(), *own.values()) if id(t) not in parameters]
     return Shown(
-        [_copied(t) for t in tensors_in(out) if t.layout == torch.strided],
-        [(id(t), _copied(t)) for t in left if t.layout == torch.strided],
+        [_copied(t) for t in tensors_in(out) if _is_dense(t)],
+        [(id(t), _copied(t)) for t in left if _is_dense(t)],
         {name: id(t) for name, t in own.items()},
     )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ class Rehearsal:
 
     def ended(self, model: nn.Module, out: Any, mode: bool) -> None:
         """To be called after it, with what the model has returned."""
-        left = [*model.buffers(), *attributes(model).values()]
+        left = [t for t in (*model.buffers(), *attributes(model).values()) if _is_dense(t)]
         fast = any(isinstance(m, _FAST) for m in model.modules())
         if not fast and sum(t.nbytes for t in left) <= _MOST:
             self.shown[mode] = shown(model, out)

@@ -22,7 +22,12 @@ from pathlift.capture.program import Program, symbols_in
 from pathlift.capture.walk import walk
 from pathlift.collector import uncollected
 from pathlift.errors import UnsupportedOperationError
-from pathlift.lifting.parameters import DroppedParameters, KeptParameters, rescaled
+from pathlift.lifting.parameters import (
+    DroppedParameters,
+    KeptParameters,
+    PassingParameters,
+    rescaled,
+)
 from pathlift.lifting.reading import SquaredReading
 from pathlift.lifting.samples import Statistics
 from pathlift.lifting.values import Lifted, Squares
@@ -62,7 +67,7 @@ def lifted_pass(
     strict: bool = True,
     dtype: torch.dtype = torch.float64,
     differentiable: bool = False,
-    store: KeptParameters | DroppedParameters | None = None,
+    store: KeptParameters | PassingParameters | None = None,
     statistics: Statistics | None = None,
 ) -> LiftedPass:
     """Run the lifted network of exponent ``p`` on ones.
@@ -76,14 +81,17 @@ def lifted_pass(
     With ``differentiable`` the result is a function of the model's own parameters, else of the
     leaf tensors in :attr:`LiftedPass.parameters`. ``statistics`` replaces the running statistics of
     some batch norms (:func:`pathlift.lifting.samples.batch_statistics`). ``store`` says where
-    lifted parameters come from and how long they stay; by default they are all kept.
+    lifted parameters come from and how long they stay; by default they are all kept where there
+    is something to differentiate.
 
     Raises:
         UnsupportedOperationError: ``strict`` and the graph has an operation without paths.
     """
     graph = program.graph(training)
     if store is None:
-        store = KeptParameters(program, p, dtype, differentiable)
+        kept = differentiable or torch.is_grad_enabled()
+        passing = PassingParameters(program, p, dtype)
+        store = KeptParameters(program, p, dtype, differentiable) if kept else passing
     reading = SquaredReading(program, graph, store, Squares(p, strict, dtype, program.device))
     reading.statistics = statistics or {}
     env = walk(graph, reading)

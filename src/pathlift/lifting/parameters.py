@@ -74,7 +74,55 @@ class KeptParameters:
         """The forward pass needs the parameter no more."""
 
 
-class DroppedParameters:
+class PassingParameters:
+    """Lifted parameters made when the pass first reads them and let go after: nothing to derive."""
+
+    def __init__(self, program: Program, p: float, dtype: torch.dtype) -> None:
+        self.leaves: dict[str, Tensor] = {}
+        self.units: dict[str, int] = {}
+        self.token = torch.zeros(())
+        self.p, self.dtype, self.device = p, dtype, program.device
+        self._program = program
+        self._names = {n for n, q in program.parameters.items() if q.is_floating_point()}
+
+    def has(self, name: str) -> bool:
+        """Whether the name is that of a lifted parameter."""
+        return name in self._names
+
+    def value(self, name: str) -> Tensor:
+        """A parameter's values, not to be written to."""
+        return self._program.value(name).to(self.device)
+
+    def lifted(self, name: str) -> Tensor:
+        """The lifted parameter (in its unit), made now."""
+        q = self._program.value(name)
+        value, _ = _power(q, self.p, self.device, self.dtype, self._unit_of(name, q))
+        return value
+
+    def _unit_of(self, name: str, q: Tensor) -> int:
+        """Found from the largest entry where that is known, so that the tensor is not read."""
+        if name not in self.units:
+            peak = (self._program.peaks or {}).get(name)
+            self.units[name] = unit_exponent(q) if peak is None else _unit(peak)
+        return self.units[name]
+
+    def open(self, name: str, by_rows: bool) -> Tensor | LiftedRows:
+        """The lifted parameter. ``by_rows``: the weight of one linear map and used nowhere else."""
+        if not by_rows:
+            return self.lifted(name)
+        value = self.value(name)
+        self._unit_of(name, value)
+        return LiftedRows(self, name, value)
+
+    def unit(self, name: str) -> int:
+        """The power of two taken out of the parameter."""
+        return self.units[name]
+
+    def close(self, name: str) -> None:
+        """The forward pass needs the parameter no more."""
+
+
+class DroppedParameters(PassingParameters):
     """Squared parameters made when the forward pass first reads them and dropped after.
 
     The backward pass needs them again. What autograd would save of a squared parameter (or of a
@@ -90,47 +138,18 @@ class DroppedParameters:
     def __init__(
         self, program: Program, dtype: torch.dtype, sink: Callable[[str, Tensor | Product], None]
     ) -> None:
-        self.leaves: dict[str, Tensor] = {}
-        self.units: dict[str, int] = {}
-        self.token = torch.zeros((), requires_grad=True)
-        self.dtype, self.device = dtype, program.device
-        self._program, self._sink = program, sink
-        self._names = {n for n, q in program.parameters.items() if q.is_floating_point()}
+        super().__init__(program, 2, dtype)
+        self.token.requires_grad_()
+        self._sink = sink
         # Address of a square -> its name, as long as its memory is not freed.
         self._live: dict[int, tuple[str, StorageWeakRef]] = {}
         self._addresses: dict[str, int] = {}
         self.arrived: set[str] = set()
 
-    def has(self, name: str) -> bool:
-        """Whether the name is that of a lifted parameter."""
-        return name in self._names
-
-    def value(self, name: str) -> Tensor:
-        """A parameter's values, not to be written to."""
-        return self._program.value(name).to(self.device)
-
-    def square(self, name: str) -> Tensor:
-        """The square of a parameter (in its unit), made now."""
-        q = self._program.value(name)
-        value, _ = _power(q, 2, self.device, self.dtype, self._unit_of(name, q))
-        return value
-
-    def _unit_of(self, name: str, q: Tensor) -> int:
-        """Found from the largest entry where that is known, so that the tensor is not read."""
-        if name not in self.units:
-            peak = (self._program.peaks or {}).get(name)
-            self.units[name] = unit_exponent(q) if peak is None else _unit(peak)
-        return self.units[name]
-
-    def open(self, name: str, by_rows: bool) -> Tensor | SquaredRows:
-        """The squared parameter, as an output of a node whose gradient goes to the sink.
-
-        ``by_rows``: it is the weight of one linear map and used nowhere else.
-        """
+    def open(self, name: str, by_rows: bool) -> Tensor | LiftedRows:
+        """The squared parameter, as an output of a node whose gradient goes to the sink."""
         if by_rows:
-            value = self.value(name)
-            self._unit_of(name, value)
-            return SquaredRows(self, name, value)
+            return super().open(name, by_rows)
         u: Tensor = _Square.apply(self.token, self, name)  # type: ignore[no-untyped-call]
         storage = u.untyped_storage()
         address = storage.data_ptr()
@@ -138,10 +157,6 @@ class DroppedParameters:
             self._live[address] = name, StorageWeakRef(storage)
             self._addresses[name] = address
         return u
-
-    def unit(self, name: str) -> int:
-        """The power of two taken out of the parameter."""
-        return self.units[name]
 
     def close(self, name: str) -> None:
         """The forward pass needs the parameter no more; its address may be used again."""
@@ -161,7 +176,7 @@ class DroppedParameters:
         if isinstance(packed, Tensor):
             return packed
         name, shape, stride, offset = packed
-        return self.square(name).as_strided(shape, stride, offset)
+        return self.lifted(name).as_strided(shape, stride, offset)
 
     def receive(self, name: str, gradient: Tensor | Product) -> None:
         """Hand a complete gradient on."""
@@ -181,7 +196,7 @@ class _Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, store: DroppedParameters, name: str) -> Tensor:
         ctx.store, ctx.name = store, name
-        return store.square(name)
+        return store.lifted(name)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
@@ -189,15 +204,15 @@ class _Square(torch.autograd.Function):
         return None, None, None
 
 
-class SquaredRows:
-    """The squared weight of one linear map, of which a few rows exist at a time.
+class LiftedRows:
+    """The lifted weight of one linear map, of which a few rows exist at a time.
 
-    A square is read once on each way: making a large one takes longer than using it, since the
+    It is read once on each way: making a large one takes longer than using it, since the
     system hands fresh memory out a page at a time. For the same reason its gradient stays a product
     where it is one of thin factors.
     """
 
-    def __init__(self, store: DroppedParameters, name: str, value: Tensor) -> None:
+    def __init__(self, store: PassingParameters, name: str, value: Tensor) -> None:
         self.store, self.name = store, name
         self.shape = value.shape
         # Reading a parameter may cost a file or a gather: the forward pass uses what was read for
@@ -220,7 +235,7 @@ class SquaredRows:
         return rows.unflatten(0, x.shape[:-1]) if x.dim() > 1 else rows[0]
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their squares; each piece is overwritten by the next."""
+        """Rows and what they are lifted to; each piece is overwritten by the next."""
         q = self.store.value(self.name) if self._value is None else self._value
         self._value = None
         size = max(1, entries_at_a_time(q.device) // max(q.shape[1], 1))
@@ -232,14 +247,22 @@ class SquaredRows:
             part = q[rows]
             if unit or part.dtype != piece.dtype:
                 part = torch.mul(piece.copy_(part), 2.0**-unit, out=piece)
-            yield rows, torch.mul(part, part, out=piece)
+            yield rows, _raised(part, self.store.p, piece)
+
+
+def _raised(x: Tensor, p: float, out: Tensor) -> Tensor:
+    """``|x|^p``, which may lie where x does."""
+    if p == 2:
+        return torch.mul(x, x, out=out)
+    out = torch.abs(x, out=out)
+    return out if p == 1 else out.pow_(p)
 
 
 class _Linear(torch.autograd.Function):
     """A squared linear map, and the squared weight as a function of a token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, weight: SquaredRows) -> Tensor:
+    def forward(ctx: Any, x: Tensor, token: Tensor, weight: LiftedRows) -> Tensor:
         ctx.weight = weight
         ctx.save_for_backward(x)
         out = x.new_empty((len(x), weight.shape[0]))

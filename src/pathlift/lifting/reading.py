@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pathlift.capture.program import Call, Graph, Program, Symbol, call, symbols_in
-from pathlift.lifting.parameters import DroppedParameters, KeptParameters
+from pathlift.lifting.parameters import KeptParameters, PassingParameters
 from pathlift.lifting.samples import Statistics, one_draw
 from pathlift.lifting.values import Lifted, Squares, at_most_one
 from pathlift.operations.table import TABLE, NoPaths, Operation, Undescribed, described
@@ -23,7 +23,7 @@ class SquaredReading:
         self,
         program: Program,
         graph: Graph,
-        store: KeptParameters | DroppedParameters,
+        store: KeptParameters | PassingParameters,
         context: Squares,
     ) -> None:
         self.program, self.store, self.context = program, store, context

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pathlift.capture.program import Call
-from pathlift.lifting.parameters import SquaredRows
+from pathlift.lifting.parameters import LiftedRows
 from pathlift.lifting.tables import Listing, Table, numbers
 from pathlift.lifting.values import Lifted, Squares
 from pathlift.operations.contraction import bilinear, plus, with_bias
@@ -42,7 +42,7 @@ def _linear_scales(inf: Any, call: Call, x: Value, weight: Value, bias: Any = No
 def _linear_squares(c: Squares, call: Call, x: Any, weight: Any, bias: Any = None) -> Lifted:
     x, w = lifted(c, x), lifted(c, weight)
     rows: Any = w.tensor  # of which a few exist at a time
-    by_rows = isinstance(rows, SquaredRows)
+    by_rows = isinstance(rows, LiftedRows)
     product = rows.linear(x.tensor) if by_rows else F.linear(x.tensor, w.tensor)
     return c.plus(Lifted(product, x.shift + w.shift), bias).normalised()
 
