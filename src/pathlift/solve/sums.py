@@ -14,6 +14,7 @@ from torch import Tensor
 from pathlift.errors import ArgumentError
 from pathlift.solve.matrix import Array, to_numpy
 from pathlift.symmetry.rows import ParameterScales
+from pathlift.tensors.alike import fetched
 from pathlift.tensors.pieces import entries_at_a_time
 from pathlift.tensors.product import Product
 
@@ -34,6 +35,7 @@ class Sums:
             sum of all. float64, or a matrix in the dtype of the coefficients, or a product.
         labels: per part, the distinct tuples of variables.
         tallies: per part, how many positive entries stand in each slice of ``matrix``.
+        finite: whether no coefficient is NaN or infinite, nor a sum of them.
     """
 
     numel: int
@@ -43,13 +45,7 @@ class Sums:
     matrix: Tensor | Product
     labels: list[NDArray[np.int64]]
     tallies: list[Array]
-
-    @property
-    def finite(self) -> bool:
-        """Whether no coefficient is NaN or infinite."""
-        matrix = self.matrix
-        values = (matrix.left, matrix.right) if isinstance(matrix, Product) else (matrix,)
-        return all(bool(torch.isfinite(v).all()) for v in values)
+    finite: bool = True
 
 
 def sum_up(
@@ -81,20 +77,27 @@ def _summed(spec: ParameterScales, g: Tensor | Product, maxima: bool, counted: b
         if not maxima and _separable(g, parts):
             return _sum_up_product(g, parts, classes, counted)
         g = g.dense()
-    positive = int(torch.count_nonzero(g))
+    matrix = reduce_to(g, parts, classes, maxima) if parts else g.sum(dtype=torch.float64)
+    # All that is asked of a parameter, in one transfer.
+    pieces = _pieces(g) if counted else []
+    logs = [piece.log().sum(dtype=torch.float64) for piece in pieces]
+    count, finite, *sums = fetched([torch.count_nonzero(g), matrix.isfinite().all(), *logs])
+    positive = int(count)
     if not positive:
-        return Sums(g.numel(), 0, 0.0, [], torch.zeros((), dtype=torch.float64), [], [])
+        zero = torch.zeros((), dtype=torch.float64)
+        return Sums(g.numel(), 0, 0.0, [], zero, [], [], bool(finite))
     full = positive == g.numel()
-    log_sum = _log_sum(g, full) if counted else 0.0
+    if not full:
+        sums = fetched([p[p > 0].log().sum(dtype=torch.float64) for p in pieces])
+    log_sum = math.fsum(sums) if finite else 0.0
     if not parts:
-        total = g.sum(dtype=torch.float64)
-        return Sums(g.numel(), positive, log_sum, [], total, [], [])
-    matrix = reduce_to(g, parts, classes, maxima)
+        return Sums(g.numel(), positive, log_sum, [], matrix, [], [], bool(finite))
     tallies = _all_positive(g.numel(), classes) if full else _tallies(g, parts, classes)
     if len(parts) == 1 or matrix.dtype != torch.float32:
         matrix = matrix.to(torch.float64)
     labels = [c.tuples for c in classes]
-    return Sums(g.numel(), positive, log_sum, parts, matrix.contiguous(), labels, tallies)
+    matrix = matrix.contiguous()
+    return Sums(g.numel(), positive, log_sum, parts, matrix, labels, tallies, bool(finite))
 
 
 def _separable(g: Product, parts: Sequence[Part]) -> bool:
@@ -129,12 +132,15 @@ def _sum_up_product(
     if len(parts) == 2:
         product = Product(merged[0], merged[1])
         matrix = product if product.thin else product.dense()
-        return Sums(g.numel(), positive, log_sum, parts, matrix, labels, tallies)
+        values = (matrix.left, matrix.right) if isinstance(matrix, Product) else (matrix,)
+        finite = all(bool(v.isfinite().all()) for v in values)
+        return Sums(g.numel(), positive, log_sum, parts, matrix, labels, tallies, finite)
     # What carries no scale of its own is summed.
     others = {0, 1} - {axis for (axis,), _ in parts}
     total = torch.stack([factors[axis].sum(1) for axis in others]).prod(0)
     vector = total @ merged[0] if merged else total.sum()
-    return Sums(g.numel(), positive, log_sum, parts, vector, labels, tallies)
+    finite = bool(vector.isfinite().all())
+    return Sums(g.numel(), positive, log_sum, parts, vector, labels, tallies, finite)
 
 
 def _all_positive(numel: int, classes: Sequence[Classes]) -> list[Array]:
@@ -153,13 +159,11 @@ def _tallies(g: Tensor, parts: Sequence[Part], classes: Sequence[Classes]) -> li
     return [to_numpy(s) for s in sums]
 
 
-def _log_sum(g: Tensor, full: bool) -> float:
-    """Sum of natural logarithms of positive entries, logarithms in their dtype, sums in float64."""
+def _pieces(g: Tensor) -> Sequence[Tensor]:
+    """Parts that are worked on at a time."""
     size = entries_at_a_time(g.device)
     rows = max(1, size * max(len(g), 1) // max(g.numel(), 1)) if g.dim() else 1
-    pieces = g.split(rows) if g.dim() else [g]
-    positive = (piece if full else piece[piece > 0] for piece in pieces)
-    return math.fsum(float(piece.log().sum(dtype=torch.float64)) for piece in positive)
+    return g.split(rows) if g.dim() else [g]
 
 
 def _log_sum_of_product(g: Product, alive: Sequence[Tensor]) -> float:
