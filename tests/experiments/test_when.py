@@ -95,4 +95,5 @@ def test_the_file_is_written(tmp_path: Path) -> None:
     (found,) = json.loads((tmp_path / "when.json").read_text())
     assert set(found["methods"]) == {"path-continuous", "path-root", "path-first"}
     assert found["width_ratio"] == 3
-    assert len(result.tables[0].lines) == 3 and len(result.findings) == 1
+    assert len(result.tables[0].lines) == 3 and len(result.findings) == 3
+    assert result.findings[1].startswith("Continuous against powers of two: ")

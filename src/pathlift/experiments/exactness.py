@@ -128,17 +128,21 @@ def compare(setting: Setting, pairs: Sequence[tuple[str, str]] = PAIRS) -> list[
     return found
 
 
-def decide(comparisons: Sequence[Comparison]) -> list[str]:
-    """Is continuous better or equal everywhere, against powers of two and against none?"""
+def decide(
+    comparisons: Sequence[Comparison],
+    pairs: Sequence[tuple[str, str]] = ((CONTINUOUS, EXACT), (CONTINUOUS, NONE)),
+) -> list[str]:
+    """Is the first of each pair better or equal everywhere, against the second?"""
     sentences = []
-    for other in (EXACT, NONE):
-        against = [c for c in comparisons if (c.method, c.other) == (CONTINUOUS, other)]
+    for method, other in pairs:
+        against = [c for c in comparisons if (c.method, c.other) == (method, other)]
         counts = [c.verdict for c in against]
         worse = "; ".join(c.setting.name for c in against if c.verdict == "worse")
         answer = f"worse on {worse}" if worse else "better or equal everywhere that was measured"
         sentences.append(
-            f"Continuous against {NAMES[other]}: {answer} ({len(against)} comparisons: better in "
-            f"{counts.count('better')}, worse in {counts.count('worse')}, no difference shown in "
+            f"{NAMES[method][0].upper()}{NAMES[method][1:]} against {NAMES[other]}: {answer} "
+            f"({len(against)} comparisons: better in {counts.count('better')}, worse in "
+            f"{counts.count('worse')}, no difference shown in "
             f"{counts.count('no difference shown')}, too few seeds in "
             f"{counts.count('too few seeds')})."
         )

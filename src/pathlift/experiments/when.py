@@ -18,7 +18,18 @@ from pathlift.curvature import curvature
 from pathlift.experiments import catalogue
 from pathlift.experiments.architectures import widths_of
 from pathlift.experiments.compare import LABELS
-from pathlift.experiments.exactness import CONTINUOUS, ENORM, LEAST_SEEDS, NONE, fine, rate_of
+from pathlift.experiments.exactness import (
+    CONTINUOUS,
+    ENORM,
+    EXACT,
+    LEAST_SEEDS,
+    NONE,
+    compare,
+    decide,
+    fine,
+    rate_of,
+    table,
+)
 from pathlift.experiments.exactness import studies as decided
 from pathlift.experiments.judging import (
     FIXED,
@@ -191,18 +202,24 @@ def _gain(
 
 def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
     """Gather every study's setting; write ``when.json``."""
-    entries = []
+    entries, comparisons = [], []
     for suffix, study in chosen.items():
         cells = {c.architecture: c for c in study.cells()}
         for setting in settings_of(stored(study, run)):
             cell = cells[setting.architecture]
+            comparisons += compare(setting, _BETWEEN)
             run.progress(f"curvature of {cell.architecture} on {cell.data}")
             factor = stable_rate_factor(cell, run.place)
             later = suffix.startswith(LATER)
             entries.append({**entry(setting, cell, factor), "later": later})
     text = json.dumps(plain(entries), indent=1)
     (run.output / FILE).write_text(text + "\n", encoding="utf-8")
-    return Result([], [_table(entries), _rule_table(entries)], _sentences(entries))
+    between = table(comparisons)._replace(title="Continuous, powers of two and ENorm compared")
+    sentences = [*_sentences(entries), *decide(comparisons, _BETWEEN)]
+    return Result([], [_table(entries), _rule_table(entries), between], sentences)
+
+
+_BETWEEN = ((CONTINUOUS, EXACT), (ENORM, CONTINUOUS))
 
 
 def _table(entries: Sequence[dict[str, Any]]) -> Table:
