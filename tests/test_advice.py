@@ -64,7 +64,7 @@ def test_rates_are_the_measured_ones() -> None:
 
 def test_batch_norms_want_a_batch() -> None:
     model = mlp((6, 24, 3, 6), batch_norm=True)
-    said = "statistics of 2 examples, too few"
+    said = "a channel has 2 values: too few"
     assert any(said in r for r in advise(model, torch.randn(2, 6), "sgd").reasons)
     assert not any("too few" in r for r in advise(model, torch.randn(16, 6), "sgd").reasons)
     model.train()(torch.randn(16, 6))  # they have seen a batch

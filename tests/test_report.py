@@ -175,10 +175,19 @@ def test_many_parameters_are_cut_down() -> None:
 
 
 def test_without_matplotlib(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
+    for name in {"matplotlib", *(n for n in sys.modules if n.split(".")[0] == "matplotlib")}:
         monkeypatch.setitem(sys.modules, name, None)
     for draw in (found[0].plot, found[1].plot):
         with pytest.raises(
             pathlift.MissingDependencyError, match=r"pip install 'pathlift\[plots\]'"
         ):
             draw()
+
+
+def test_batch_norms_read_from_too_little_are_warned_of() -> None:
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 6))
+    said = "a channel has 2 values: too few"
+    assert any(said in w for w in pathlift.condition_(model, torch.randn(2, 6)).warnings)
+    report = pathlift.condition_(model, torch.randn(2, 6), criterion="weight-norm")
+    assert not any(said in w for w in report.warnings)  # it does not look at them
+    assert not any("too few" in w for w in pathlift.condition_(model, torch.randn(16, 6)).warnings)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from pathlift.cautions import few_values
 from pathlift.conditioner import Conditioner
 from pathlift.curvature import Curvature, Loss, curvature
 from pathlift.errors import ArgumentError
@@ -32,8 +32,6 @@ from pathlift.verdict import (
 
 # Batches that stand for the data.
 _BATCHES = 4
-# Samples from which on their statistics stand for a batch's.
-_SAMPLES = 16
 # Best rate with continuous scales over that without, without norms: the smallest and the largest
 # that were measured (docs/reproduced/when.json; a test compares).
 RATE_RATIOS = {"sgd": (0.25, 1.5), "adaptive": (0.5, 1.0)}
@@ -143,9 +141,10 @@ def advise(
     conditioner = Conditioner(conditioned, example_inputs)
     report = conditioner.condition_(exact=False, verify=False, on_nothing="ignore")
     advice = judge(facts_of(model, conditioner.group, report, report.imbalance_after, kind))
-    few = _few_samples(model, example_inputs)
+    few = few_values(conditioner.known.program)
     if few:
-        advice = replace(advice, reasons=[*advice.reasons, few])
+        sentence = f"{few[0].upper()}{few[1:]}."
+        advice = replace(advice, reasons=[*advice.reasons, sentence])
     if measured is None:
         return advice
     batches, loss = measured
@@ -154,19 +153,6 @@ def advise(
         conditioner.condition_(criterion=criterion, exact=False, verify=False, on_nothing="ignore")
     before, after = (curvature(m, batches, loss) for m in (model, conditioned))
     return _with_curvature(advice, before, after)
-
-
-def _few_samples(model: nn.Module, example_inputs: object) -> str:
-    """A sentence if batch norms that have seen nothing were read with the statistics of little."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tensors = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim()]
-    samples = len(tensors[0]) if tensors else 0
-    if samples >= _SAMPLES or all(m.num_batches_tracked for m in norms):
-        return ""
-    return (
-        f"Batch norms were read with the statistics of {samples} examples, too few to say what "
-        f"they divide by. Pass a batch as you train with."
-    )
 
 
 def judge(facts: Facts) -> Advice:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pathlift.capture.program import Call, Program, Symbol, symbols_in
 from pathlift.errors import ArgumentError
+from pathlift.lifting.samples import fewest_values
 from pathlift.solve import Solution
 from pathlift.solve.assemble import Assembled
 from pathlift.symmetry.group import RescalingGroup
@@ -21,6 +22,8 @@ from pathlift.symmetry.group import RescalingGroup
 _SPAN = 12
 # A share of the counted parameters behind stand-ins from which the criterion is a guess.
 _MUCH = 0.5
+# Values per channel that a deviation takes to be known to a fifth or so.
+_VALUES = 16
 
 
 class NothingToDo(UserWarning):
@@ -61,6 +64,18 @@ def nothing(group: RescalingGroup, assembled: Assembled) -> str | None:
     return None
 
 
+def few_values(program: Program) -> str:
+    """A sentence if batch norms that have seen no data were read with the statistics of little."""
+    values = fewest_values(program)
+    if values is None or values >= _VALUES:
+        return ""
+    return (
+        f"batch norms that have seen no data were read with the statistics of the example batch, "
+        f"in which a channel has {values:,} values: too few to say what they divide by. Give a "
+        f"batch as you train with"
+    )
+
+
 def announce(what: str | None, on_nothing: str) -> None:
     """Warn, raise or say nothing where a call can change nothing.
 
@@ -92,10 +107,12 @@ def cautions(
     behind: int,
     held: int = 0,
     canonical: bool = False,
+    few: str = "",
 ) -> list[str]:
     """Sentences for the report, the gravest first.
 
-    ``held``: scales of gains that stay. ``canonical``: dead scales were given a place of their own.
+    ``held``: scales of gains that stay. ``few``: see :func:`few_values`. ``canonical``: dead scales
+    were given a place of their own.
     """
     found = []
     dead = len(assembled.dead)
@@ -110,6 +127,8 @@ def cautions(
             f"{len(solution.at_bounds):,} scales are held at the bounds of what their dtype or "
             f"norm allows ({_listed(names)}): another call would gain more"
         )
+    if few:
+        found.append(few)
     if held:
         found.append(
             f"{held:,} of {group.num_scales:,} scales stay, those of norms' gains and layer "

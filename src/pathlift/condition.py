@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pathlift.capture.model import capture
 from pathlift.capture.program import Program
 from pathlift.capture.shown import Rehearsal
-from pathlift.cautions import announce, behind_stand_ins, cautions, nothing
+from pathlift.cautions import announce, behind_stand_ins, cautions, few_values, nothing
 from pathlift.collector import uncollected
 from pathlift.criteria import Criterion, as_criterion, path_kernel
 from pathlift.errors import ArgumentError
@@ -64,7 +64,9 @@ def condition_(
         model: any module whose operations are the same for every input; DataParallel, DDP and
             ``torch.compile`` wrappers are looked through.
         example_inputs: one batch as forward takes it: a tensor, a tuple of positional arguments
-            or a dict of keyword arguments. Only shapes matter; one or two samples are enough.
+            or a dict of keyword arguments. Only shapes matter, and one or two samples are enough,
+            unless batch norms have seen no data: what they divide by is then measured on it, and a
+            batch as in training says more.
         criterion: ``"path-kernel"``, ``"weight-norm"`` (ENorm), ``"range"`` (cross-layer
             equalization), a function from :mod:`pathlift.criteria` (``weight_norm(q=1)``,
             ``fisher(model, batches, loss)``), or a mapping of parameter name to coefficients
@@ -195,8 +197,17 @@ def condition_home(
 
     how, made, change = kept(how, apply, view, before, seconds)
     behind = behind_stand_ins(program, found.approximated)
+    few = few_values(program) if settings.criterion is path_kernel else ""
     warned = cautions(
-        group, program, assembled, solution, made.scales, behind, found.held, settings.canonical
+        group,
+        program,
+        assembled,
+        solution,
+        made.scales,
+        behind,
+        found.held,
+        settings.canonical,
+        few,
     )
     report = summarised(group, found, made.scales, change, seconds)
     return replace(

@@ -51,7 +51,7 @@ class Conditioner:
         self._take(home, understood(home, example_inputs, batch_norm, seconds), seconds)
 
     def _take(self, home: ModuleHome, known: Understood, seconds: dict[str, float]) -> None:
-        self._home, self._known, self._seconds = home, known, seconds
+        self._home, self.known, self._seconds = home, known, seconds
         self.model, self.group, self.batch_norm = home.model, known.group, known.batch_norm
         # As it was captured: on another day its modes and attributes may be others.
         self._like = likeness(home.structure, known.program.folded)
@@ -77,7 +77,7 @@ class Conditioner:
         >>> for seed in range(3):
         ...     report = conditioner.on(network()).condition_()
         """
-        home, program = whole_home(model), self._known.program
+        home, program = whole_home(model), self.known.program
         check(home.model, self._like, program.folded)
         return self._of(home, rebound(program, home.model), self.batch_norm)
 
@@ -88,7 +88,7 @@ class Conditioner:
             CheckpointError: example inputs or arguments that are no plain values, or the file can't
                 be written.
         """
-        save(Path(path), self._known.program, self._like)
+        save(Path(path), self.known.program, self._like)
 
     @classmethod
     @apart
@@ -137,4 +137,4 @@ class Conditioner:
         self._home.refresh()
         self.group.check_tensors(self._home.tensors())
         seconds, self._seconds = self._seconds, {}
-        return condition_home(self._known, settings, seconds)
+        return condition_home(self.known, settings, seconds)

@@ -8,6 +8,7 @@ section 1). The program is run on the example inputs; the model and its statisti
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,13 @@ def batch_statistics(program: Program, training: bool) -> Statistics:
     with torch.no_grad(), plain_arithmetic(), one_draw():
         walk(start, _Values(program, wanted, found))
     return found
+
+
+def fewest_values(program: Program) -> int | None:
+    """Values per channel that :func:`batch_statistics` has at least; None where it has none."""
+    graph = program.graph(program.training)
+    shapes = (c["input"].shape for c in graph.calls if _untouched(program, graph, c))
+    return min((math.prod(s) // max(s[1], 1) for s in shapes), default=None)
 
 
 def variance_room(program: Program) -> dict[str, Tensor]:
