@@ -25,11 +25,11 @@ from pathlift.lifting.samples import variance_room
 from pathlift.report import ConditioningReport, moves_of
 from pathlift.rounding import Rounding, instead, rounding
 from pathlift.settings import Settings
-from pathlift.solve import Operator, Solution, round_scales, solve, value
+from pathlift.solve import Operator, Solution, round_scales, value
 from pathlift.solve.assemble import Assembled, assemble_from
 from pathlift.solve.bounds import extent_bounds
 from pathlift.solve.levels import level_scales
-from pathlift.solve.roomier import roomier
+from pathlift.solve.rooms import solve_in_range
 from pathlift.surroundings import apart
 from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.extents import Extent
@@ -263,9 +263,9 @@ def solved(known: Understood, settings: Settings, seconds: dict[str, float]) -> 
             )
             assembled = assembled.with_dead_at(np.clip(place, lower, upper))
     with timed(seconds, "solve"):
-        how = settings.solver, settings.tol
-        first = solve(assembled.operator, *how)
-        assembled, solution = roomier(group, extents, room, assembled, first, *how)
+        assembled, solution = solve_in_range(
+            group, extents, room, assembled, settings.solver, settings.tol
+        )
     return Solved(assembled, solution, extents, approximated, int(held.sum()))
 
 

@@ -35,10 +35,13 @@ class Meetings:
         position = np.full(low.shape[1], -1)
         position[inner.kept] = np.arange(size)
         place = position[low.indices]
-        self._entries = np.flatnonzero(place >= 0)
+        entries = np.flatnonzero(place >= 0)
+        row = np.repeat(np.arange(rows), np.diff(low.indptr))[entries]
+        pair = row * parts + part[place[entries]]
+        order = np.argsort(pair, kind="stable")
+        self._entries, row = entries[order], row[order]
         self._place = place[self._entries]
-        row = np.repeat(np.arange(rows), np.diff(low.indptr))[self._entries]
-        pairs, self._pair = np.unique(row * parts + part[self._place], return_inverse=True)
+        pairs, self._starts = np.unique(pair[order], return_index=True)
         self._row, pair_part = pairs // parts, pairs % parts
         vector, self.vectors = _vectors(self._row, pair_part, (rows, parts))
         self._vector = vector[row]
@@ -52,8 +55,8 @@ class Meetings:
         values = low[self._entries] * alive[self._place]
         vectors = np.zeros(self._shape, order="F")
         vectors[self._place, self._vector] = values
-        place, pairs = (self._pair, self._place), self._row.size
-        sums = sparse.csr_array((values, place), (pairs, self._shape[0])) @ solve(vectors)
+        products = values[:, None] * solve(vectors)[self._place]
+        sums = np.add.reduceat(products, self._starts, axis=0)
         met = self._partner >= 0
         left = np.broadcast_to(self._row[:, None], met.shape)[met]
         return sparse.csr_array((sums[met], (left, self._partner[met])), (self._rows, self._rows))

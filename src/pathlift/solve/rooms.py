@@ -1,9 +1,9 @@
-"""Scales that stopped at a bound, solved for again within all the room there is.
+"""The solution within all the room there is.
 
 The bounds of :mod:`pathlift.solve.bounds` hold whatever the other scales do: a tensor's headroom
-is shared among the scales that multiply it, and each of twelve that add up gets a twelfth. Where
-an optimum meets them, they are given up for what is known only afterwards: whether any tensor or
-activation left its range.
+is shared among the scales that multiply it, and each of twelve that add up gets a twelfth. Few
+optima come near, and most that meet such a bound have room beyond. So scales are first solved for
+without them, and those of what has left its range go back to their own.
 """
 
 from __future__ import annotations
@@ -27,31 +27,33 @@ from pathlift.tensors.extents import Extent, exponent_limits
 _TRIES = 3
 
 
-def roomier(
+def solve_in_range(
     group: RescalingGroup,
     known: Mapping[str, Extent],
     room_below: Mapping[str, Tensor],
     assembled: Assembled,
-    solution: Solution,
     solver: str,
     tol: float | None,
 ) -> tuple[Assembled, Solution]:
-    """The problem with wider bounds and its solution, where ``solution`` is held by bounds.
+    """The solution, and the problem with the bounds that it was found within.
 
-    As given if no scale is held, or if no wider bounds are found that keep every tensor in range.
+    Args:
+        known: name -> magnitudes, of every tensor that moves.
+        room_below: see :func:`pathlift.solve.bounds.extent_bounds`.
+        assembled: the problem, with bounds that hold whatever the other scales do.
     """
     problem = assembled.problem
     tight = (problem.lower >= 0) | (problem.upper <= 0)
-    for _ in range(_TRIES if len(solution.at_bounds) else 0):
+    for _ in range(_TRIES):
         lower = np.where(tight, problem.lower, -WIDEST)
         upper = np.where(tight, problem.upper, WIDEST)
         wider = replace(assembled, problem=replace(problem, lower=lower, upper=upper))
         found = solve(wider.operator, solver, tol)
         out = out_of_range(group, known, room_below, found.log2_scales)
         if not out.any():
-            return (wider, found) if found.objective < solution.objective else (assembled, solution)
+            return wider, found
         tight = tight | out
-    return assembled, solution
+    return assembled, solve(assembled.operator, solver, tol)
 
 
 def out_of_range(
@@ -69,7 +71,8 @@ def out_of_range(
             continue
         extent = known[name]
         low, high = exponent_limits(extent.dtype)
-        top, bottom = 1.0, -1.0
+        top = float(sum(abs(c) for c, _ in spec.terms))
+        bottom = -top
         for coefficient, ids in spec.terms:
             variables = ids.numpy()
             shift = coefficient * values[variables]
