@@ -22,8 +22,8 @@ sample. All figures of a row come from one process, one after the other:
   same without capture and verification; norm MB, toolkit MB: during these; reduced MB: the reduced
   matrices; largest MB: the largest tensor.
 - With ``--lean`` no copy of the initial weights is kept (calls after the first find little left to
-  do), no gradient outlives its step, a step is four of batch 8, and nothing but ``condition_`` is timed: for models that fill
-  the memory.
+  do), no gradient outlives its step, a step is four of batch 8, and nothing but ``condition_`` is
+  timed: for models that fill the memory.
 """
 
 from __future__ import annotations
