@@ -98,7 +98,9 @@ def _convolve(
 
 def _conv_squares(c: Squares, call: Call, x: Any, w: Any, b: Any) -> Lifted:
     x, w = lifted(c, x), lifted(c, w)
-    out = call.run(input=x.tensor, weight=w.tensor, bias=None)
+    # On the host PyTorch's gradient of a grouped convolution is wrong for a weight in channels-last
+    # order where the one sample is a view of stride 0 (up to 2.13 at least).
+    out = call.run(input=x.tensor.contiguous(), weight=w.tensor.contiguous(), bias=None)
     spatial = w.tensor.dim() - 2
     return c.plus(Lifted(out, x.shift + w.shift), b, (-1,) + (1,) * spatial).normalised()
 
