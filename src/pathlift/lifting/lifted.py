@@ -164,23 +164,23 @@ def diagonal(
         on no path), the shift, and the operations a stand-in was used for.
     """
     found: dict[str, Tensor] = {}
-    if not repeats:
+    reused = {n for n in program.parameters if repeats and _reused(program, training, n)}
+    if not reused:
         shift, approximated = stream_diagonal(
-            program, training, lambda n, g: found.update({n: dense(g)}), strict, dtype
+            program, training, lambda n, g: found.update({n: dense(g).contiguous()}), strict, dtype
         )
         ordered = {n: found[n] for n in program.parameters if n in found}
         return ordered, shift, approximated
     with torch.enable_grad():
         result = lifted_pass(program, training, 2, strict, dtype)
         names = list(result.parameters)
-        reused = {n for n in names if _reused(program, training, n)}
         grads: Sequence[Tensor | None] = [None] * len(names)
         if result.total.requires_grad:
             grads = torch.autograd.grad(
                 result.total,
                 [result.parameters[n] for n in names],
                 allow_unused=True,
-                create_graph=bool(reused),
+                create_graph=True,
             )
         for name, gradient in zip(names, grads, strict=True):
             u = result.parameters[name]
