@@ -33,6 +33,8 @@ COLUMNS = (
 
 
 def samples(value: Any) -> list[float]:
+    if value is None or isinstance(value, str):  # not measured, or why it is not defined
+        return [float("nan")]
     return [float(v) for v in value] if isinstance(value, list) else [float(value)]
 
 
@@ -53,7 +55,7 @@ def main() -> None:
     print(" ".join([f"{'after / before':<18}", *(f"{c:>10}" for c in COLUMNS)]))
     for name in after:
         if name in before:
-            cells = (f"{cell(before[name][c], after[name][c]):>10}" for c in COLUMNS)
+            cells = (f"{cell(before[name].get(c), after[name].get(c)):>10}" for c in COLUMNS)
             print(" ".join([f"{name:<18}", *cells]))
 
 
