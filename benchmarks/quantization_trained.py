@@ -191,7 +191,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         best = max(other, key=lambda k: statistics.mean(row["accuracy"][k] for row in mine))
         gain = [row["accuracy"]["here"] - row["accuracy"][best] for row in mine]
         lines.append(
-            f"| {name}, {setting} | {len(mine)} | {' | '.join(cells)} | {interval(gain)} |"
+            f"| {name}, {setting} | {len(mine)} | {' | '.join(cells)} | {interval(gain, 2)} |"
         )
     tools = [*other, "here"]
     lines += ["", "SQNR of the logits in dB.", "", f"| network | {' | '.join(tools)} |"]
