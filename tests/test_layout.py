@@ -76,7 +76,7 @@ def test_arithmetic_knows_no_group() -> None:
 # What is about no single part: documentation, programs, other people's models, slow definitions.
 CROSS_CUTTING = {"docs", "examples", "operators", "reference", "zoo"}
 # Beside the modules at the top: the whole of the package, from outside.
-WHOLE = {"device", "dist", "layout", "misuse", "names", "truth", "unusual_models"}
+WHOLE = {"cuda", "device", "dist", "layout", "misuse", "names", "truth", "unusual_models"}
 
 
 def test_tests_mirror_the_source() -> None:

@@ -87,12 +87,12 @@ def test_coarse_products_are_not_for_the_work(interface: str) -> None:
     plain = read()
     if interface == "older":
         torch.set_float32_matmul_precision("medium")
-    elif not hasattr(torch.backends, "fp32_precision"):
+    elif not hasattr(torch._C, "_set_fp32_precision_setter"):
         pytest.skip("this torch has the older interface alone")
     elif interface == "newer":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+        torch._C._set_fp32_precision_setter("mkldnn", "matmul", "bf16")
     else:
-        torch.backends.fp32_precision = "tf32"
+        torch._C._set_fp32_precision_setter("generic", "all", "tf32")
     try:
         before = read()
         with plain_arithmetic():
@@ -104,8 +104,8 @@ def test_coarse_products_are_not_for_the_work(interface: str) -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
         if interface != "older":
-            torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
-            torch.backends.fp32_precision = "none"
+            torch._C._set_fp32_precision_setter("mkldnn", "matmul", "none")
+            torch._C._set_fp32_precision_setter("generic", "all", "none")
 
 
 def test_the_model_runs_on_the_default_device() -> None:

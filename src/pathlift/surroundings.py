@@ -116,10 +116,10 @@ def _whole_products() -> Iterator[None]:
             if allowed != "highest":
                 torch.set_float32_matmul_precision("highest")
                 stack.callback(torch.set_float32_matmul_precision, allowed)
-        with suppress(RuntimeError):
-            if torch.backends.cudnn.allow_tf32:
-                torch.backends.cudnn.allow_tf32 = False
-                stack.callback(setattr, torch.backends.cudnn, "allow_tf32", True)
+        with suppress(RuntimeError):  # torch.backends.cudnn may be frozen
+            if torch._C._get_cudnn_allow_tf32():
+                torch._C._set_cudnn_allow_tf32(False)
+                stack.callback(torch._C._set_cudnn_allow_tf32, True)
         if hasattr(torch._C, "_get_fp32_precision_getter"):  # since torch 2.9
             own = [(b, o) for b in ("cuda", "mkldnn") for o in ("matmul", "conv", "rnn")]
             if any(torch._C._get_fp32_precision_getter(*one) in _COARSE for one in own):

@@ -89,7 +89,7 @@ def test_an_error_of_another_kind_is_seen_and_a_worded_one_is_a_refusal(
     case = made(torch.relu, torch.rand(2, 3))
     for error, answer in ((KeyError("x"), "errors"), (pathlift.CaptureError("x"), "refused")):
 
-        def broken(*_: object, _error: Exception = error) -> None:
+        def broken(*_: object, _error: Exception = error, **options: object) -> None:
             raise _error
 
         monkeypatch.setattr("pathlift.condition.capture", broken)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.backends import cudnn
 
 from pathlift.errors import ArgumentError
 from pathlift.experiments.alone import Alone
@@ -130,12 +129,13 @@ def _cudnn(enabled: bool) -> Iterator[None]:
 
     Those of stacked runs have tens of thousands of channels; torch's own kernel takes any number.
     """
-    before = cudnn.enabled
-    cudnn.enabled = before and enabled
+    before = torch._C._get_cudnn_enabled()
+    # Not by torch.backends.cudnn, which may be frozen.
+    torch._C._set_cudnn_enabled(before and enabled)
     try:
         yield
     finally:
-        cudnn.enabled = before
+        torch._C._set_cudnn_enabled(before)
 
 
 def _convolves(model: nn.Module) -> bool:
