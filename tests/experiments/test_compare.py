@@ -64,13 +64,14 @@ def test_all_methods_give_one_page(tmp_path: Path, capsys: pytest.CaptureFixture
         "enorm",
         "enorm-continuous",
         "enorm-step",
+        "spectral",
         "range",
         "fisher",
         "batch-norm",
         "path-sgd",
     ]
-    assert "0 cells are there, 52 to train" in captured.err
-    assert len(list((out / "cells").glob("*.parquet"))) == 52
+    assert "0 cells are there, 56 to train" in captured.err
+    assert len(list((out / "cells").glob("*.parquet"))) == 56
     assert methods["path"]["imbalance"] < methods["baseline"]["imbalance"]
     assert methods["path-schedule"]["conditioning_seconds"] > 0
     assert methods["path"]["conditioning_seconds"] > 0
