@@ -87,7 +87,7 @@ def test_all_methods_give_one_page(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads((out / "summary.json").read_text()) == data["settings"]
     assert main(arguments) == 0
     captured = capsys.readouterr()
-    assert "52 cells are there, 0 to train" in captured.err
+    assert "56 cells are there, 0 to train" in captured.err
     assert captured.out.startswith("mlp:8 on two-moons, sgd: 2 seeds, 3 epochs; target loss")
     assert "path-conditioned, schedule" in captured.out
 
