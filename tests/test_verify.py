@@ -244,3 +244,31 @@ def test_what_only_a_second_call_does_is_seen() -> None:
         conditioned.condition_(exact=True)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert model.calls == 0
+
+
+@pytest.mark.parametrize("exact", [True, None])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_was_applied_stays(batch: int, training: bool, exact: bool | None) -> None:
+    """In train mode a batch norm refuses one value: a capture then remembers parameters, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model.train(training)
+    x = torch.randn(batch, 4)
+    before = [p.detach().clone() for p in model.parameters()]
+    if training and batch == 1:
+        with pytest.raises(pathlift.CaptureError, match="Expected more than 1 value"):
+            pathlift.condition_(model, x, exact=exact)
+        return
+    report = pathlift.condition_(model, x, exact=exact)
+    other = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for p, q in zip(other.parameters(), before, strict=True):
+            p.copy_(q)
+    pathlift.rescaling_group(other.train(training), x).rescale_(other, report.log2_scales)
+    assert report.log2_scales.any()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    again = pathlift.condition_(model, x, exact=exact)
+    assert again.imbalance_before == pytest.approx(report.imbalance_after, abs=1e-6)

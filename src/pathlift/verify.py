@@ -75,7 +75,10 @@ class View:
         self._snapshot: Snapshot | None = None
         self.shown: Mapping[bool, Shown] = {}
         if first is not None and self._lasting:
-            self.shown, self._snapshot = first.stands_for(program), first.snapshot
+            self.shown = first.stands_for(program)
+            # What a capture could not watch it remembers whole, parameters too: those will move.
+            if first.snapshot is not None and not first.snapshot.kept:
+                self._snapshot = first.snapshot
 
     def forget(self) -> None:
         """What the capture has shown, so that the next look is a new one."""
