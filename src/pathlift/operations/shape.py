@@ -21,9 +21,23 @@ define(
     "permute transpose t expand slice select diagonal unfold split split_with_sizes unbind "
     "unsafe_split unsafe_split_with_sizes roll flip rot90 repeat pixel_shuffle pixel_unshuffle "
     "permute_copy transpose_copy t_copy expand_copy slice_copy select_copy diagonal_copy "
-    "unfold_copy split_copy split_with_sizes_copy unbind_copy narrow_copy",
+    "unfold_copy split_copy split_with_sizes_copy unbind_copy",
     moves,
 )
+
+
+def _narrow_squares(
+    c: Squares, call: Call, x: Lifted, dim: Any = 0, start: Any = 0, length: Any = 1
+) -> Lifted:
+    """As a view, which has a derivative in every torch; the copy has none in 2.11, say."""
+
+    def part(t: Tensor) -> Tensor:
+        return t.narrow(call["dim"], call["start"], call["length"])
+
+    return Lifted(part(x.tensor), x.shift, None if x.gain is None else part(x.gain))
+
+
+define("narrow_copy", moves.but(squares=_narrow_squares))
 
 define(
     "alias detach clone lift lift_fresh alias_copy detach_copy lift_fresh_copy",
