@@ -66,8 +66,8 @@ def nothing(group: RescalingGroup, assembled: Assembled) -> str | None:
 
 def few_values(program: Program) -> str:
     """A sentence if batch norms that have seen no data were read with the statistics of little."""
-    values = fewest_values(program)
-    if values is None or values >= _VALUES:
+    values = fewest_values(program, _VALUES)
+    if values >= _VALUES:
         return ""
     return (
         f"batch norms that have seen no data were read with the statistics of the example batch, "

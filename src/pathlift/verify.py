@@ -116,7 +116,8 @@ class View:
                 else:
                     show(inputs, inputs)
                     if before is None:
-                        again = lasts(program, start.changed(), start.written())
+                        written = start.written()
+                        again = lasts(program, start.changed(written), written)
                     else:
                         again = len(before) > len(modes)
                     if again:

@@ -158,7 +158,8 @@ class _Session:
             for what, read in chance.items():
                 if read() != states[what]:
                     raise draws(self.name, what)
-            written, changes = self.before.written(), self.before.changed()
+            written = self.before.written()
+            changes = self.before.changed(written)
             self.state |= written
             if mode == self.own and self.rehearsal is not None:
                 self.rehearsal.written, self.rehearsal.changes = written, changes

@@ -11,6 +11,7 @@ from pathlift.capture.program import Program
 from pathlift.criteria.protocol import Criterion, Sink
 from pathlift.lifting.lifted import stream_diagonal
 from pathlift.lifting.samples import batch_statistics
+from pathlift.tensors.alike import fetched
 from pathlift.tensors.product import Product
 
 
@@ -52,7 +53,5 @@ path_kernel = Criterion(_hand_on)
 def _in_range(g: Tensor | Product) -> bool:
     if not g.numel():
         return True
-    low, high = (
-        g.bounds() if isinstance(g, Product) else (float(v) for v in torch.stack(g.aminmax()).cpu())
-    )
+    low, high = g.bounds() if isinstance(g, Product) else fetched(g.aminmax())
     return low > 1e-36 and high < 1e36

@@ -6,6 +6,7 @@ own, and nothing is said to autograd about a buffer that gets back what it had.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pathlift.tensors.alike import differing
+from pathlift.tensors.alike import alike
 from pathlift.tensors.shards import is_sharded, local_part
 
 # What torch raises where a tensor has no storage: functorch's wrappers, opaque layouts, lazy
@@ -56,14 +57,15 @@ class Memory:
         """A tensor as it is now; its bytes too, unless it is a parameter."""
         return TensorState(tensor, [] if isinstance(tensor, nn.Parameter) else self.add(tensor))
 
-    def differing(self) -> set[int]:
-        """The names of storages in which other bytes lie than when they were added."""
-        pairs = ((_bytes(storage), _bytes(copy)) for storage, copy in self._kept.values())
-        return {n for n, other in zip(self._kept, differing(pairs), strict=True) if other}
+    def differing(self, names: Collection[int]) -> set[int]:
+        """Of these names those of storages in which other bytes lie than when they were added."""
+        kept = (self._kept[name] for name in names)
+        same = alike([(_bytes(storage), _bytes(copy)) for storage, copy in kept])
+        return {name for name, unchanged in zip(names, same, strict=True) if not unchanged}
 
     def restore(self) -> None:
         """Put back the bytes of every storage in which they differ."""
-        for name in self.differing():
+        for name in self.differing(self._kept):
             storage, copy = self._kept[name]
             if storage.nbytes() != copy.nbytes():
                 storage.resize_(copy.nbytes())
@@ -75,7 +77,7 @@ class TensorState:
 
     def __init__(self, tensor: Tensor, names: list[int]) -> None:
         self.tensor = tensor
-        self._names = names
+        self.names = names
         self._leaf = tensor.is_leaf
         self._gradient = tensor.grad if self._leaf else None
         self._requires = tensor.requires_grad
@@ -87,14 +89,10 @@ class TensorState:
         """Take the version that the tensor has now for the unchanged one."""
         self._version = _version(self.tensor)
 
-    def written(self, differing: set[int]) -> bool:
-        """Whether the tensor was written to, by the count of its version or by its bytes.
-
-        ``differing``: see :meth:`Memory.differing`.
-        """
-        if _version(self.tensor) != self._version or self._moved():
-            return True
-        return not differing.isdisjoint(self._names)
+    @property
+    def touched(self) -> bool:
+        """Whether the tensor was written to, as far as the count of its version tells."""
+        return _version(self.tensor) != self._version or self._moved()
 
     def _moved(self) -> bool:
         """Whether ``.data``, ``set_`` or ``resize_`` has put other memory under the tensor."""

@@ -177,20 +177,23 @@ class Snapshot:
             *reversed(self._put_back),
         )
 
-    def changed(self) -> list[Change]:
+    def changed(self, written: set[int] | None = None) -> list[Change]:
         """What differs now: plain values (numbers, strings, None, containers of them), and tensors.
 
         A tensor counts as written if its bytes or its version counter moved, and as replaced if
         there is another object in its place. A container that was made anew with equal values does
         not count, nor does an object that is neither.
+
+        Args:
+            written: see :meth:`written`, if that has been asked for already.
         """
+        written = self.written() if written is None else written
         found = []
         for held in self._holders():
             for place, what in self._changes_of(held):
                 found.append(Change(place.path, place.attribute, what))
-        differing = self._memory.differing()
-        for state, place in self._tensors.values():
-            if state.written(differing):
+        for identity, (_, place) in self._tensors.items():
+            if identity in written:
                 found.append(Change(place.path, place.attribute, "tensor written in place"))
         return list(dict.fromkeys(found))
 
@@ -200,8 +203,10 @@ class Snapshot:
 
     def written(self) -> set[int]:
         """Ids of the tensors whose values were written."""
-        differing = self._memory.differing()
-        return {i for i, (state, _) in self._tensors.items() if state.written(differing)}
+        written = {i for i, (state, _) in self._tensors.items() if state.touched}
+        quiet = {i: state.names for i, (state, _) in self._tensors.items() if i not in written}
+        differing = self._memory.differing({n for names in quiet.values() for n in names})
+        return written.union(i for i, names in quiet.items() if not differing.isdisjoint(names))
 
     def replaced(self) -> set[int]:
         """Ids of the tensors in whose place there is something else now."""

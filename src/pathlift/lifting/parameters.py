@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pathlift.capture.program import Program
+from pathlift.tensors.alike import fetched
 from pathlift.tensors.pieces import entries_at_a_time
 from pathlift.tensors.product import Product
 
@@ -287,7 +288,7 @@ def unit_exponent(q: Tensor) -> int:
     """Power of two next to the largest entry, rounded to even steps of 8 (0 for near 1)."""
     if not q.numel():
         return 0
-    low, high = (float(end) for end in torch.stack(torch.aminmax(q.detach())).cpu())
+    low, high = fetched(torch.aminmax(q.detach()))
     peak = max(abs(low), abs(high))
     if peak == 0 or not math.isfinite(peak):
         return 0

@@ -50,11 +50,14 @@ def batch_statistics(program: Program, training: bool) -> Statistics:
     return found
 
 
-def fewest_values(program: Program) -> int | None:
-    """Values per channel that :func:`batch_statistics` has at least; None where it has none."""
+def fewest_values(program: Program, enough: int) -> int:
+    """Values per channel that :func:`batch_statistics` has at least, up to ``enough``."""
     graph = program.graph(program.training)
-    shapes = (c["input"].shape for c in graph.calls if _untouched(program, graph, c))
-    return min((math.prod(s) // max(s[1], 1) for s in shapes), default=None)
+    norms = {c: c["input"].shape for c in graph.calls if is_batch_norm(c)}
+    values = {c: math.prod(s) // max(s[1], 1) for c, s in norms.items()}
+    # Shapes are known; whether a norm is untouched is read off its statistics.
+    few = (n for c, n in values.items() if n < enough and _untouched(program, graph, c))
+    return min(few, default=enough)
 
 
 def variance_room(program: Program) -> dict[str, Tensor]:

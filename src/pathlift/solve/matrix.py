@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pathlift.errors import ArgumentError
 from pathlift.tensors import pieces
+from pathlift.tensors.alike import fetched
 from pathlift.tensors.pieces import entries_at_a_time
 from pathlift.tensors.product import Product
 
@@ -296,6 +297,6 @@ def _range(name: str, matrix: Tensor) -> tuple[float, float]:
     """Smallest and largest coefficient, checked."""
     if matrix.numel() == 0:
         return 0.0, 0.0
-    low, high = (float(x) for x in torch.aminmax(matrix))
+    low, high = fetched(torch.aminmax(matrix))
     check_values(name, low, high)
     return low, high

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ _NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def alike(pairs: Sequence[Pair]) -> list[bool]:
-    """Whether the two tensors of each pair, of one shape and dtype, hold the same numbers.
+    """Whether the two tensors of each pair, of one dtype, have the same shape and numbers.
 
     A NaN is like a NaN.
     """
-    found = [_host_alike(a, b) if _alone(a, b) else False for a, b in pairs]
-    together = [k for k, (a, b) in enumerate(pairs) if not _alone(a, b)]
+    found = [a.shape == b.shape and _alone(a, b) and _host_alike(a, b) for a, b in pairs]
+    together = [k for k, (a, b) in enumerate(pairs) if a.shape == b.shape and not _alone(a, b)]
     flags = fetched([_same_entries(*pairs[k]).all() for k in together])
     for k, flag in zip(together, flags, strict=True):
         found[k] = bool(flag)
@@ -76,11 +76,3 @@ def _host_alike(a: Tensor, b: Tensor) -> bool:
 def _same_entries(a: Tensor, b: Tensor) -> Tensor:
     same = a == b
     return same | (a.isnan() & b.isnan()) if a.is_floating_point() or a.is_complex() else same
-
-
-def differing(pairs: Iterable[Pair]) -> list[bool]:
-    """The opposite of :func:`alike`, for bytes of any length."""
-    several = list(pairs)
-    equal = [a.shape == b.shape for a, b in several]
-    same = iter(alike([p for p, e in zip(several, equal, strict=True) if e]))
-    return [not (e and next(same)) for e in equal]
