@@ -31,11 +31,7 @@ def _power(
     x = _placed(q, device, dtype)
     if unit:
         x = x * 2.0**-unit
-    copy = x.data_ptr() != q.data_ptr()
-    if p == 2:
-        return (x.square_() if copy else x.square()), unit
-    x = x.abs_() if copy else x.abs()
-    return (x if p == 1 else x.pow_(p)), unit
+    return _raised(x, p, torch.empty_like(x) if x.data_ptr() == q.data_ptr() else x), unit
 
 
 class KeptParameters:
