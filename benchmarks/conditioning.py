@@ -13,8 +13,8 @@ sample. All figures of a row come from one process, one after the other:
 - step: forward and backward at batch 32; pass1: the same at batch 1.
 - group, norm, diagonal: ``rescaling_group``, ``path_norm(p=1)``, ``path_kernel_diagonal`` on one
   sample, capture included; enorm: ``condition_(criterion="weight-norm", exact=False)``.
-- torch-pruning, toolkit, ENorm: see ``peers.py``; "-" where there is none, with the reason in the
-  JSON file.
+- torch-pruning, toolkit, paper, ENorm: see ``peers.py``; "-" where there is none, with the reason
+  in the JSON file.
 - With ``--device cuda`` models and batches lie there, and every clock waits for it; extra MB is
   then its own allocator's. syncs: how often ``Conditioner.condition_(verify=False)`` waits for the
   device.
@@ -38,6 +38,7 @@ import ctypes
 import gc
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -69,6 +70,7 @@ COLUMNS = (
     "norm",
     "toolkit",
     "diagonal",
+    "paper",
     "enorm",
     "ENorm",
     "passes",
@@ -90,28 +92,15 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-_libraries: list[torch.library.Library] = []
-
-
-def _without_operators() -> None:
-    # torchvision has no CPU build for every torch; it imports once its operators have a schema
-    # (which lasts as long as the library object).
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    _libraries.append(library)
-    for operator in ("nms", "qnms"):
-        if torch.version.cuda is None and not hasattr(torch.ops.torchvision, operator):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
 def torchvision_model(name: str) -> nn.Module:
-    _without_operators()
+    peers.import_torchvision()
     from torchvision.models import get_model
 
     return get_model(name, weights=None)
 
 
 def timm_model(name: str) -> nn.Module:
-    _without_operators()
+    peers.import_torchvision()
     import timm
 
     return timm.create_model(name)
@@ -191,6 +180,8 @@ MODELS: dict[str, tuple[Make, Callable[[int], Tensor]]] = {
     "llama-0.3b": (lambda: Llama(1024, 16, 16, 4, 4096, 32000), tokens),
     "llama-1b": (lambda: Llama(2048, 16, 32, 8, 8192, 32000), tokens),
 }
+if "PATHCOND" in os.environ:
+    MODELS["pathcond-resnet18"] = peers.paper_resnet18, lambda batch: torch.randn(batch, 3, 32, 32)
 
 
 def clock() -> float:

@@ -4,6 +4,9 @@
   `rescaling_group`.
 - The path-norm toolkit (`git clone https://github.com/agonon/pathnorm_toolkit`, its folder in the
   environment variable PATHNORM_TOOLKIT), beside `path_norm`. It runs a float32 forward pass.
+- The paper's own code (`git clone https://github.com/Artim436/pathcond`, its folder in PATHCOND),
+  beside `condition_` with continuous scales. It knows chains and a ResNet of its own
+  (`pathcond-resnet18`), whose shortcuts all have a convolution.
 - ENorm's cycle (Stock et al., ICLR 2019, section 3), written here from the paper for chains of
   linear maps, beside `condition_(criterion="weight-norm")`.
 """
@@ -11,6 +14,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -62,6 +66,56 @@ def toolkit(name: str, model: nn.Module, x: Tensor) -> Work:
     return run
 
 
+_libraries: list[torch.library.Library] = []
+
+
+def import_torchvision() -> None:
+    """torchvision has no CPU build for every torch; it imports once its operators have a schema."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    _libraries.append(library)  # the schemas last as long as it does
+    for operator in ("nms", "qnms"):
+        if torch.version.cuda is None and not hasattr(torch.ops.torchvision, operator):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    importlib.import_module("torchvision")
+
+
+def _paper(module: str) -> Any:
+    """A module of the paper's code."""
+    root = os.environ.get("PATHCOND")
+    if root is None:
+        raise ImportError("PATHCOND is not set")
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    import_torchvision()
+    return importlib.import_module(f"pathcond.{module}")
+
+
+def paper_resnet18() -> nn.Module:
+    """The paper's ResNet-18 for CIFAR-10."""
+    return _paper("models").resnet18_c_cifar10()
+
+
+def paper(name: str, model: nn.Module, x: Tensor) -> Work:
+    """The paper's algorithm with its defaults (10 cycles, tolerance 1e-2), on a copy.
+
+    Its one-line call leaves out the ResNets, so its two halves are called.
+    """
+    resnet = name == "pathcond-resnet18"
+    if not resnet and not isinstance(model, nn.Sequential):
+        return "the paper's code knows chains and a ResNet of its own"
+    try:
+        theirs = _paper("rescaling_polyn")
+    except ImportError as error:
+        return str(error)
+
+    def run() -> None:
+        rescaled = copy.deepcopy(model)
+        logarithms, _ = theirs.optimize_rescaling_polynomial(rescaled, 10, 1e-2, resnet)
+        theirs.reweight_model_inplace(rescaled, logarithms)
+
+    return run
+
+
 def enorm(name: str, model: nn.Module, x: Tensor) -> Work:
     """ENorm's cycles over a chain of linear maps until the sum of squares falls by less than 1e-8.
 
@@ -90,4 +144,4 @@ def enorm(name: str, model: nn.Module, x: Tensor) -> Work:
     return run
 
 
-PEERS = {"torch-pruning": torch_pruning, "toolkit": toolkit, "ENorm": enorm}
+PEERS = {"torch-pruning": torch_pruning, "toolkit": toolkit, "paper": paper, "ENorm": enorm}
