@@ -93,14 +93,14 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def torchvision_model(name: str) -> nn.Module:
-    peers.import_torchvision()
+    peers.prepare_torchvision()
     from torchvision.models import get_model
 
     return get_model(name, weights=None)
 
 
 def timm_model(name: str) -> nn.Module:
-    peers.import_torchvision()
+    peers.prepare_torchvision()
     import timm
 
     return timm.create_model(name)

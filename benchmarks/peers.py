@@ -69,14 +69,13 @@ def toolkit(name: str, model: nn.Module, x: Tensor) -> Work:
 _libraries: list[torch.library.Library] = []
 
 
-def import_torchvision() -> None:
+def prepare_torchvision() -> None:
     """torchvision has no CPU build for every torch; it imports once its operators have a schema."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     _libraries.append(library)  # the schemas last as long as it does
     for operator in ("nms", "qnms"):
         if torch.version.cuda is None and not hasattr(torch.ops.torchvision, operator):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    importlib.import_module("torchvision")
 
 
 def _paper(module: str) -> Any:
@@ -86,7 +85,7 @@ def _paper(module: str) -> Any:
         raise ImportError("PATHCOND is not set")
     if root not in sys.path:
         sys.path.insert(0, root)
-    import_torchvision()
+    prepare_torchvision()
     return importlib.import_module(f"pathcond.{module}")
 
 

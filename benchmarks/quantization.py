@@ -38,6 +38,7 @@ import quantization_tools as compared
 import quantization_trained as trained
 from pathlift.quantization import equalize_, quantised
 from pathlift.quantization.layers import weights
+from peers import prepare_torchvision
 
 ROOT = Path(__file__).parents[1]
 JSON = ROOT / "docs" / "quantization.json"
@@ -72,7 +73,7 @@ MARK = "<!-- benchmarks/quantization.py: begin -->", "<!-- benchmarks/quantizati
 
 def network(name: str, seed: int) -> nn.Module:
     """A network of torchvision with heavy-tailed weights and used batch norms."""
-    compared.prepare_torchvision()
+    prepare_torchvision()
     import torchvision
 
     kind, without_relu6 = NETWORKS[name]

@@ -15,11 +15,11 @@ from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pathlift.absorption import fold_batch_norms_
 from pathlift.quantization import equalize_
+from peers import prepare_torchvision
 
 Tool = Callable[[nn.Module, Tensor], nn.Module]
 # Iterations of Brevitas' equalization, as its own example of post-training quantisation has them.
@@ -96,19 +96,6 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
-
-
-_LIBRARIES: list[torch.library.Library] = []
-
-
-def prepare_torchvision() -> None:
-    """Schemas of two operators, without which torchvision does not import beside some torch."""
-    if _LIBRARIES or hasattr(torch.ops.torchvision, "nms"):
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARIES.append(library)
 
 
 def tools() -> dict[str, Tool]:

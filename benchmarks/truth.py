@@ -32,7 +32,7 @@ from pathlift.absorption import fold_batch_norms_
 from pathlift.advice import advise
 from pathlift.experiments.architectures import autoencoder, mlp, resnet18
 from pathlift.symmetry.equations import Equations
-from quantization_tools import prepare_torchvision
+from peers import prepare_torchvision
 
 QUIET = {"verify": False, "on_nothing": "ignore"}
 normed = nn.utils.parametrizations.weight_norm
