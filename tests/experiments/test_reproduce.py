@@ -85,6 +85,7 @@ def test_the_experiments_are_there() -> None:
         "optimizers",
         "exact",
         "when",
+        "left-out",
         "scales",
         "cost",
     ]

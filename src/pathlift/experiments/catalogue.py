@@ -94,7 +94,7 @@ def resnet(small: bool) -> dict[str, Study]:
 def autoencoder(small: bool) -> dict[str, Study]:
     axis, shared = "compression factor", {"optimizers": ("sgd",), "seeds": range(5)}
     if not small:
-        growing = {**shared, "methods": _FINE, "rates": _factor_two(0.5, 4, 4), "epochs": 20}
+        growing = {**shared, "methods": _FINE, "rates": factor_two(0.5, 4, 4), "epochs": 20}
         # The code of 16 first: the network of the other experiments on MNIST.
         family = {784.0 / c: f"autoencoder:256-64-{c}" for c in (16, 4, 64)}
         return {
@@ -124,7 +124,8 @@ def autoencoder(small: bool) -> dict[str, Study]:
     }
 
 
-def _factor_two(centre: float, below: int, above: int) -> list[float]:
+def factor_two(centre: float, below: int, above: int) -> list[float]:
+    """Rates a factor 2 apart: so many below the centre and above it."""
     return [float(f"{centre * 2.0**k:.3g}") for k in range(-below, above + 1)]
 
 
@@ -146,7 +147,7 @@ def optimizers(small: bool) -> dict[str, Study]:
                 **shared,
                 "methods": ("baseline", "path", "path-continuous", "enorm-continuous", own[name]),
                 "optimizers": (name,),
-                "rates": _factor_two(centres[name], 3, 3),
+                "rates": factor_two(centres[name], 3, 3),
             },
             None,
             1.0,

@@ -70,11 +70,16 @@ def auc(entries: Sequence[Entry], rates: str = OWN, method: str = CONTINUOUS) ->
 
     NaN without both kinds.
     """
+    return rank_auc([(verdict_of(e), sign_of(e, rates, method) == 1) for e in entries])
+
+
+def rank_auc(pairs: Sequence[tuple[str, bool]]) -> float:
+    """The same of verdicts and whether their settings gained."""
     ranks: dict[bool, list[int]] = {True: [], False: []}
-    for entry in entries:
-        ranks[sign_of(entry, rates, method) == 1].append(_RANK[verdict_of(entry)])
-    pairs = [(a > b) + 0.5 * (a == b) for a in ranks[True] for b in ranks[False]]
-    return sum(pairs) / len(pairs) if pairs else float("nan")
+    for verdict, gained in pairs:
+        ranks[gained].append(_RANK[verdict])
+    wins = [(a > b) + 0.5 * (a == b) for a in ranks[True] for b in ranks[False]]
+    return sum(wins) / len(wins) if wins else float("nan")
 
 
 def misses(entries: Sequence[Entry]) -> list[Entry]:

@@ -167,20 +167,20 @@ def _method(setting: Setting, name: str, factor: float) -> dict[str, Any]:
     matched = min(setting.rates, key=lambda r: abs(math.log(r / setting.rates[base] / factor)))
     every = range(len(setting.rates))
     own = rate_of(setting, name)
-    at_matched = _gain(setting, name, [setting.rates.index(matched)], [base])
+    at_matched = gain_of(setting, name, [setting.rates.index(matched)], [base])
     return {
         "label": LABELS[name],
         "imbalance_after": float(setting.runs[name].imbalance.mean()),
         "rate": own,
         "rate_ratio": own / rate_of(setting, NONE),
-        "own_best_rates": _gain(setting, name, every),
-        "baseline_best_rate": _gain(setting, name, [base]),
+        "own_best_rates": gain_of(setting, name, every),
+        "baseline_best_rate": gain_of(setting, name, [base]),
         **({"matched_rate": at_matched} if name == CONTINUOUS else {}),
-        "smallest_rate": _gain(setting, name, [0]),
+        "smallest_rate": gain_of(setting, name, [0]),
     }
 
 
-def _gain(
+def gain_of(
     setting: Setting, name: str, rates: Sequence[int], baselines: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """The share of the baseline's loss that the method gains, with its interval and its sign.
@@ -239,7 +239,7 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
         network = e["architecture"] + (", batch norm" if e["batch_norm"] else "")
         for m in e["methods"].values():
             gains = [
-                _shown(m[k]) if k in m else ""
+                shown(m[k]) if k in m else ""
                 for k in ("own_best_rates", "baseline_best_rate", "matched_rate", "smallest_rate")
             ]
             imbalance = _fall(e, m, " → ")
@@ -272,10 +272,10 @@ def _rule_table(entries: Sequence[dict[str, Any]]) -> Table:
                 for gained, level, lost in counts(known, rates, method).values()
             )
             quality = auc(known, rates, method)
-            shown = "" if math.isnan(quality) else f"{quality:.2f}"
+            ranked = "" if math.isnan(quality) else f"{quality:.2f}"
             front = (f"{len(known)} {label}", LABELS[method], _AT[rates])
             if known:
-                lines.append((*front, *cells, shown))
+                lines.append((*front, *cells, ranked))
     return Table(head, lines)
 
 
@@ -293,7 +293,8 @@ def _fall(entry: dict[str, Any], method: dict[str, Any], between: str) -> str:
     return "not defined" if math.isnan(values[0]) else between.join(f"{v:.3f}" for v in values)
 
 
-def _shown(gain: dict[str, Any]) -> str:
+def shown(gain: dict[str, Any]) -> str:
+    """A gain and its interval, as shares."""
     if not math.isfinite(gain["gain"]):
         return "diverged"
     interval = gain["interval"]
@@ -312,7 +313,7 @@ def _sentences(entries: Sequence[dict[str, Any]]) -> list[str]:
         miss = "" if gain["sign"] is None or not misses([e]) else " A miss."
         found.append(
             f"{e['architecture']} on {e['data']}, {e['optimizer']}{norm}, continuous: {what} at "
-            f"own best rates ({_shown(gain)}); imbalance {_fall(e, m, ' to ')}, best rate "
+            f"own best rates ({shown(gain)}); imbalance {_fall(e, m, ' to ')}, best rate "
             f"{m['rate_ratio']:.2g} times the baseline's. The rule says {verdict_of(e)}.{miss}"
         )
     return found

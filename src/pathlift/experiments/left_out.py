@@ -1,0 +1,221 @@
+"""The rule of :mod:`pathlift.verdict` on settings it was not made from: told first, trained then.
+
+The verdicts are written to ``left-out-verdicts.json`` before a network of a setting is trained. A
+verdict that is in the file is never computed again, so that a rule which has changed since is not
+tested on what it has seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pathlift.experiments.architectures import widths_of
+from pathlift.experiments.catalogue import factor_two
+from pathlift.experiments.exactness import CONTINUOUS, ENORM, NONE, rate_of
+from pathlift.experiments.judging import RIGHT, Entry, rank_auc, verdict_of
+from pathlift.experiments.study import Result, Run, Study, Table, stored
+from pathlift.experiments.summary import Setting, plain, settings_of
+from pathlift.experiments.sweep import Place, cell_data, start_of
+from pathlift.experiments.when import gain_of, shown
+from pathlift.verdict import VERDICTS
+
+FILE = "left-out-verdicts.json"
+_IMAGES = {"epochs": 5, "samples": 12_000, "held_out": False}
+
+
+def _study(
+    architecture: str,
+    data: str,
+    optimizer: str,
+    rates: tuple[float, int, int],
+    **settings: Any,
+) -> Study:
+    given = {
+        "methods": (NONE, CONTINUOUS, ENORM),
+        "data": (data,),
+        "optimizers": (optimizer,),
+        "rates": factor_two(*rates),
+        "seeds": range(5),
+        **settings,
+    }
+    return Study("network", {1.0: architecture}, given, None, 1.0)
+
+
+def studies(small: bool) -> dict[str, Study]:
+    """Networks, data and optimisers that no run behind the rule had together; small: embedded."""
+    kaiming = {"initialization": "kaiming-normal", "epochs": 20}
+    text = {"samples": 1920, "batch": 16, "epochs": 2}
+    found = {
+        "-deep-kaiming": _study(
+            "mlp:" + "-".join(6 * ["128"]), "digits", "sgd", (0.1, 4, 3), **kaiming
+        ),
+        "-convolutional": _study("convolutional:16", "digits", "sgd", (0.1, 2, 3), **kaiming),
+        "-wide-language": _study(
+            "transformer:64-1", "python-manual", "adamw", (0.003, 4, 2), **text
+        ),
+        "-language-sgd": _study("transformer:32-2", "python-manual", "sgd", (0.5, 4, 3), **text),
+    }
+    if small:
+        return found
+    mnist, fashion = "mnist", "fashion-mnist"
+    for suffix, architecture, data, optimizer, rates, more in (
+        ("-shallow-code", "autoencoder:256-32", mnist, "sgd", (2, 4, 3), {}),
+        ("-wide-code", "autoencoder:512-128-32", fashion, "sgd", (1, 4, 3), {}),
+        ("-narrow-code", "autoencoder:256-64-8", mnist, "sgd", (1, 4, 3), {}),
+        ("-photographs", "mlp:512-32-512", "cifar10", "sgd", (0.1, 4, 3), {"samples": 6_000}),
+        ("-bottleneck", "mlp:256-16-256", fashion, "sgd", (0.25, 4, 3), {}),
+        ("-narrowing", "mlp:512-256-128-64", mnist, "sgd", (0.25, 4, 3), {}),
+        ("-wide-middle", "mlp:32-512-32", mnist, "sgd", (0.25, 4, 3), {}),
+        ("-equal", "mlp:256-256-256", fashion, "sgd", (0.25, 4, 3), {}),
+        ("-norm-equal", "mlp:256-256-256", fashion, "sgd", (0.25, 4, 4), {"norm": True}),
+        ("-norm-bottleneck", "mlp:512-32-512", mnist, "sgd", (0.5, 4, 4), {"norm": True}),
+        ("-code-adam", "autoencoder:256-32", fashion, "adam", (0.002, 4, 3), {}),
+        ("-bottleneck-adamw", "mlp:256-16-256", fashion, "adamw", (0.002, 4, 3), {}),
+        ("-code-muon", "autoencoder:256-64-16", fashion, "muon", (0.008, 4, 3), {}),
+        ("-code-momentum", "autoencoder:256-64-16", fashion, "momentum", (0.125, 4, 3), {}),
+        ("-bottleneck-momentum", "mlp:256-16-256", mnist, "momentum", (0.05, 4, 3), {}),
+    ):
+        found[suffix] = _study(architecture, data, optimizer, rates, **{**_IMAGES, **more})
+    return found
+
+
+def told(study: Study, place: Place) -> Entry:
+    """What the rule says of a setting, and what it says it from; nothing is trained.
+
+    Imbalances are means over the seeds.
+    """
+    cell = study.cells()[0]
+    data, _ = cell_data(cell, place)
+
+    def imbalance(method: str) -> float:
+        cells = (replace(cell, seed=seed, method=method) for seed in study.grid["seeds"])
+        values = [start_of(c, data).imbalance for c in cells]
+        return math.fsum(values) / len(values)
+
+    widths = widths_of(cell.architecture)
+    facts: Entry = {
+        "architecture": cell.architecture,
+        "data": cell.data,
+        "optimizer": cell.optimizer,
+        "batch_norm": cell.norm,
+        "initialization": cell.initialization,
+        "width_ratio": max(widths) / min(widths),
+        "imbalance_before": imbalance(NONE),
+        "methods": {CONTINUOUS: {"imbalance_after": imbalance(CONTINUOUS)}},
+    }
+    return {**facts, "verdict": verdict_of(facts)}
+
+
+def foretold(chosen: dict[str, Study], run: Run) -> dict[str, Entry]:
+    """The verdicts by suffix: those in the file, and those added to it now."""
+    path = run.output / FILE
+    known: dict[str, Entry] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    for suffix, study in chosen.items():
+        if suffix not in known:
+            run.progress(f"the rule on {study.cells()[0].architecture}")
+            known[suffix] = plain(told(study, run.place))
+    _write(path, known)
+    return {suffix: known[suffix] for suffix in chosen}
+
+
+def _write(path: Path, entries: dict[str, Entry]) -> None:
+    path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+
+
+class Outcome(NamedTuple):
+    """A setting's verdict, and what came of it."""
+
+    verdict: str
+    setting: Setting
+    told: Entry
+
+    def sign(self, method: str = CONTINUOUS) -> int | None:
+        """Of what a method gained at own best rates; None: too few seeds."""
+        sign: int | None = self.gain(method)["sign"]
+        return sign
+
+    def gain(self, method: str = CONTINUOUS) -> dict[str, Any]:
+        """At own best rates."""
+        return gain_of(self.setting, method, range(len(self.setting.rates)))
+
+    @property
+    def right(self) -> bool:
+        return self.sign() in RIGHT[self.verdict]
+
+
+def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
+    """Write the verdicts, train, and compare."""
+    verdicts = foretold(chosen, run)
+    outcomes = [
+        Outcome(verdicts[suffix]["verdict"], setting, verdicts[suffix])
+        for suffix, study in chosen.items()
+        for setting in settings_of(stored(study, run))
+    ]
+    return Result([], [_table(outcomes), _counts(outcomes)], _sentences(outcomes))
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    head = (
+        *("network", "data", "optimizer", "width ratio", "imbalance", "verdict", "right"),
+        *("gain, continuous", "best rate / baseline's", "gain, ENorm", "at the grid's edge"),
+    )
+    lines: list[Sequence[str]] = []
+    for o in outcomes:
+        t, rates = o.told, o.setting.rates
+        best = {m: rate_of(o.setting, m) for m in (NONE, CONTINUOUS, ENORM)}
+        edge = [m for m, rate in best.items() if rate in (rates[0], rates[-1])]
+        network = t["architecture"] + (", batch norm" if t["batch_norm"] else "")
+        after = t["methods"][CONTINUOUS]["imbalance_after"]
+        imbalances = (t["imbalance_before"], after)
+        lines.append(
+            (
+                *(network, t["data"], t["optimizer"], f"{t['width_ratio']:g}"),
+                " → ".join("not defined" if v is None else f"{v:.3f}" for v in imbalances),
+                o.verdict,
+                "yes" if o.right else "no",
+                shown(o.gain()),
+                f"{best[CONTINUOUS] / best[NONE]:.2g}",
+                shown(o.gain(ENORM)),
+                ", ".join(edge),
+            )
+        )
+    return Table(head, lines)
+
+
+def _counts(outcomes: Sequence[Outcome]) -> Table:
+    """Verdicts against what was seen."""
+    head = ("verdict", "settings", "gained", "no difference shown", "lost", "right")
+    lines: list[Sequence[str]] = []
+    for verdict in VERDICTS:
+        members = [o for o in outcomes if o.verdict == verdict]
+        signs = [o.sign() for o in members]
+        counts = (
+            len(members),
+            *(signs.count(s) for s in (1, 0, -1)),
+            sum(o.right for o in members),
+        )
+        lines.append((verdict, *map(str, counts)))
+    return Table(head, lines)
+
+
+def _sentences(outcomes: Sequence[Outcome]) -> list[str]:
+    right = sum(o.right for o in outcomes)
+    quality = rank_auc([(o.verdict, o.sign() == 1) for o in outcomes])
+    found = [
+        f"Of {len(outcomes)} settings told before they were trained, the rule is right on {right}; "
+        f"a gain ranks above no gain with probability {quality:.2f} (AUC; ties count half)."
+    ]
+    for o in outcomes:
+        if not o.right:
+            seen = {1: "a gain", 0: "no difference", -1: "a loss", None: "too few seeds"}[o.sign()]
+            found.append(
+                f"A miss: {o.setting.architecture} on {o.setting.data}, {o.setting.optimizer}: the "
+                f"rule said {o.verdict}, and there was {seen}"
+                f" ({shown(o.gain())} at own best rates)."
+            )
+    return found
