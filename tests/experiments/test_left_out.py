@@ -1,0 +1,90 @@
+"""Settings that were left out: told first, trained then, compared by what was told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pathlift.experiments import left_out
+from pathlift.experiments.exactness import CONTINUOUS, ENORM, NONE
+from pathlift.experiments.judging import rank_auc
+from pathlift.experiments.study import Run, Study
+from pathlift.experiments.sweep import Place
+from pathlift.verdict import DONT, LIKELY, NOTHING, VERDICTS
+
+REPRODUCED = Path(__file__).parents[2] / "docs" / "reproduced"
+TINY = {"seeds": range(2), "epochs": 1, "samples": 128}
+
+
+def _tiny(architecture: str, optimizer: str) -> Study:
+    return left_out._study(architecture, "two-moons", optimizer, (0.1, 0, 1), **TINY)
+
+
+def _run(folder: Path) -> Run:
+    return Run(folder, Place(), progress=lambda text: None)
+
+
+def _what(entry: dict) -> tuple:
+    keys = ("architecture", "data", "optimizer", "batch_norm", "initialization")
+    return tuple(entry[k] for k in keys)
+
+
+def test_nothing_left_out_is_behind_the_rule() -> None:
+    seen = {_what(e) for e in json.loads((REPRODUCED / "when.json").read_text())}
+    told = json.loads((REPRODUCED / left_out.FILE).read_text())
+    assert set(told) == set(left_out.studies(False))
+    assert seen.isdisjoint(map(_what, told.values()))
+    assert {t["verdict"] for t in told.values()} == set(VERDICTS)
+
+
+def test_what_was_told_is_what_the_networks_have() -> None:
+    told = json.loads((REPRODUCED / left_out.FILE).read_text())
+    small = left_out.studies(True)
+    found = left_out.told(small["-deep-kaiming"], Place())
+    kept = told["-deep-kaiming"]
+    assert found["imbalance_before"] == pytest.approx(kept["imbalance_before"], rel=1e-4)
+    after = [e["methods"][CONTINUOUS]["imbalance_after"] for e in (found, kept)]
+    assert after[0] == pytest.approx(after[1], abs=1e-3)
+    assert {c.data for s in small.values() for c in s.cells()} == {"digits", "python-manual"}
+
+
+def test_verdicts_are_there_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, train = [], left_out.stored
+
+    def stored(study: Study, run: Run) -> list:
+        there.append(set(json.loads((tmp_path / left_out.FILE).read_text())))
+        return train(study, run)
+
+    monkeypatch.setattr(left_out, "stored", stored)
+    chosen = {"-a": _tiny("mlp:6-2-6", "sgd"), "-b": _tiny("mlp:4-4", "adam")}
+    result = left_out.experiment("left-out", chosen, _run(tmp_path))
+    assert there == [{"-a", "-b"}] * 2
+    settings, counted = result.tables
+    assert [line[5] for line in settings.lines] == [LIKELY, NOTHING]
+    assert {line[10] for line in settings.lines} <= {  # two rates: both are edges
+        ", ".join(m for m in (NONE, CONTINUOUS, ENORM)),
+    }
+    assert [int(line[1]) for line in counted.lines] == [1, 1, 0]
+    assert result.findings[0].startswith("Of 2 settings told before they were trained")
+
+
+def test_a_verdict_is_told_once(tmp_path: Path) -> None:
+    study = _tiny("mlp:6-2-6", "sgd")
+    run = _run(tmp_path)
+    first = left_out.foretold({"-a": study}, run)["-a"]
+    assert first["verdict"] == LIKELY and first["width_ratio"] == 3
+    text = (tmp_path / left_out.FILE).read_text().replace(LIKELY, DONT)
+    (tmp_path / left_out.FILE).write_text(text)
+    again = left_out.foretold({"-a": study, "-b": replace(study)}, run)
+    assert (again["-a"]["verdict"], again["-b"]["verdict"]) == (DONT, LIKELY)
+
+
+def test_ranks_of_verdicts() -> None:
+    assert rank_auc([(LIKELY, True), (NOTHING, False), (DONT, False)]) == 1
+    assert rank_auc([(NOTHING, True), (LIKELY, False), (NOTHING, False)]) == 0.25
+    assert rank_auc([(DONT, True)]) != rank_auc([(DONT, True)])  # NaN without both kinds
