@@ -12,15 +12,18 @@ import copy
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import sparse
+from torch import Tensor
 
-from pathlift.quantization.descent import Curvature, descend
+from pathlift.quantization.descent import Curvature, descend, dot
 from pathlift.quantization.terms import Forms, Term
 from pathlift.solve.matrix import Array
 from pathlift.solve.problem import LN2
 
 _Single = NDArray[np.float32]
+_Entries = tuple[_Single, NDArray[np.int64], NDArray[np.int64]]
 
 # Orders of the norms that stand for maxima, and iterations for each.
 STAGES = ((8.0, 20), (32.0, 25))
@@ -32,6 +35,8 @@ _NOTHING = -500.0
 # beside the largest (it stays small, wherever rows and columns move until then), and of what is
 # taken for 0 of slopes. No product of these is subnormal in float32, which would be slow.
 _FAR, _SMALLEST, _FLAT = 35.0, -80.0, -40.0
+# Share of entries that are not 0, below which they alone are kept: at large q they are few.
+_SPARSE = 0.15
 
 
 class Errors:
@@ -146,18 +151,27 @@ class _Stage:
         tops = self.tops[errors._group].astype(np.float32)
         self.constant = np.zeros(len(tops))
         # Terms of one column, which nothing scales, have no product.
-        self.matrices: list[tuple[slice, slice, _Single]] = []
+        self.matrices: list[tuple[slice, slice, Tensor]] = []
+        few: list[_Entries] = []
         for k, matrix in enumerate(logs):
             rows = slice(errors._row_ends[k], errors._row_ends[k + 1])
             columns = slice(errors._column_ends[k], errors._column_ends[k + 1])
             matrix -= tops[rows, None]
             matrix *= q
+            where = np.flatnonzero(matrix >= _SMALLEST)
+            if len(where) < _SPARSE * matrix.size:
+                row_of, column_of = np.divmod(where, matrix.shape[1])
+                values = np.exp2(matrix.reshape(-1)[where])
+                few.append((values, row_of + rows.start, column_of + columns.start))
+                continue
             matrix[matrix < _SMALLEST] = -np.inf
             np.exp2(matrix, out=matrix)
             if len(errors.terms[k].columns.coefficients):
-                self.matrices.append((rows, columns, matrix))
+                self.matrices.append((rows, columns, torch.from_numpy(matrix)))
             else:
                 self.constant[rows] = matrix.sum(1)
+        self.few = _matrix(few, (len(row), len(column)))
+        self.few_t = sparse.csc_array(self.few.T)
 
     def __call__(self, point: Array) -> tuple[float, Array]:
         errors, q = self.errors, self.q
@@ -167,9 +181,11 @@ class _Stage:
         up_row = np.exp2(q * (row - self.row))
         up_column = np.exp2(q * (column - self.column))
         single = up_column.astype(np.float32)
-        across = self.constant.copy()
+        across = self.constant + self.few @ single
+        # Not NumPy's product: a second thread of its BLAS takes more time than it saves.
+        vector = torch.from_numpy(single)
         for rows, columns, matrix in self.matrices:
-            across[rows] = matrix @ single[columns]
+            across[rows] += torch.mv(matrix, vector[columns]).numpy()
         powers = up_row * across
         sums = _summed(errors._group, powers, errors._groups)
         sums = np.maximum(sums, 1e-290)
@@ -178,13 +194,14 @@ class _Stage:
         each = each * weight * share[errors._term]
         total = float(each.sum() + errors._fixed.sum())
         over = (each / sums)[errors._group]
-        down = np.zeros(len(up_column))
         per_row = over * up_row
         largest = float(per_row.max(initial=0.0)) or 1.0
         per_row /= largest
         single = np.where(per_row < 2.0**_FLAT, 0.0, per_row).astype(np.float32)
+        down = (self.few_t @ single).astype(np.float64)
+        vector = torch.from_numpy(single)
         for rows, columns, matrix in self.matrices:
-            down[columns] = single[rows] @ matrix
+            down[columns] += torch.mv(matrix.T, vector[rows]).numpy()
         by_term = _summed(errors._term, each, len(errors.terms))
         slope_row = over * powers - rows_down * _over(each, weight)[errors._group]
         slope_column = largest * up_column * down
@@ -192,7 +209,16 @@ class _Stage:
         pull = _PULL / max(errors.num_scales, 1)
         slope = errors._rows_t @ slope_row + errors._columns_t @ slope_column
         gradient = slope * (2.0 * LN2 / total) + pull * point
-        return float(np.log(total)) + 0.5 * pull * float(point @ point), np.asarray(gradient)
+        return float(np.log(total)) + 0.5 * pull * dot(point, point), np.asarray(gradient)
+
+
+def _matrix(parts: Sequence[_Entries], shape: tuple[int, int]) -> sparse.csr_array:
+    """All entries (values, rows, columns; by row) as one matrix."""
+    values, rows, columns = (
+        (_joined(list(p)) for p in zip(*parts, strict=True)) if parts else 3 * [np.zeros(0)]
+    )
+    places = (rows.astype(np.int32), columns.astype(np.int32))
+    return sparse.csr_array((values.astype(np.float32), places), shape=shape)
 
 
 def _exponents(forms: Sequence[Forms], basis: sparse.csr_array) -> sparse.csr_array:
