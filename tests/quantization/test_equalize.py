@@ -14,7 +14,7 @@ import pathlift
 from pathlift.absorption import fold_captured_
 from pathlift.capture.inputs import as_inputs
 from pathlift.capture.model import capture
-from pathlift.quantization import FORMATS, BoundedReLU, equalize_, quantised
+from pathlift.quantization import FORMATS, BoundedReLU, equalize_, objective, quantised
 from pathlift.quantization import equalize as equalize
 from pathlift.quantization.layers import channel_axis, weights
 from pathlift.quantization.measure import measure
@@ -165,7 +165,9 @@ def test_terms_against_their_definition(per: str) -> None:
         assert found == pytest.approx(expected, rel=0.01 if name != "6.weight" else 0.5), name
 
 
-def test_gradient_of_the_smoothed_sum() -> None:
+@pytest.mark.parametrize("sparse", [0.0, 2.0])
+def test_gradient_of_the_smoothed_sum(sparse: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective, "_SPARSE", sparse)  # none of the matrices, or all
     model, x = cnn()
     _, program = fold_captured_(model, capture(model, x, both=False))
     group = infer_group(program)

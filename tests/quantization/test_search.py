@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import pathlift
 from pathlift.absorption import fold_captured_
 from pathlift.capture.model import capture
-from pathlift.quantization import equalize_
+from pathlift.quantization import equalize_, objective
 from pathlift.quantization.descent import Curvature, descend
 from pathlift.quantization.formats import FORMATS
 from pathlift.quantization.layers import weights
@@ -39,9 +39,13 @@ def product(weight: Tensor, generator: torch.Generator) -> Tensor:
     return g.reshape(*g.shape, *(1,) * (weight.dim() - 2)).expand(weight.shape).clone()
 
 
+@pytest.mark.parametrize("sparse", [0.0, 2.0])
 @pytest.mark.parametrize("q", [8.0, 32.0])
-def test_smoothed_sum_by_its_definition(q: float) -> None:
+def test_smoothed_sum_by_its_definition(
+    q: float, sparse: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``log sum over tensors (sum |w'|^q)^(2/q) / 12 steps^2 sum G'``, also far from the start."""
+    monkeypatch.setattr(objective, "_SPARSE", sparse)  # none of the matrices, or all
     _, program, group = captured()
     generator = torch.Generator().manual_seed(0)
     names = ["0.weight", "3.weight", "11.weight"]

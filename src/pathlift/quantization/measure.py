@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift.capture.inputs import tensors_in
 from pathlift.capture.program import Inputs, Program
+from pathlift.capture.shown import seed
 from pathlift.errors import ArgumentError
 from pathlift.quantization.layers import Convolution, Weight
 from pathlift.surroundings import plain_arithmetic
@@ -46,10 +47,16 @@ class Measured:
 
 @contextmanager
 def _running(model: nn.Module) -> Iterator[None]:
-    """Buffers are put back: what else a call may change, a capture has refused."""
+    """Buffers are put back: what else a call may change, a capture has refused.
+
+    Random numbers are those of a capture's first run.
+    """
     kept = [(b, b.detach().clone()) for b in model.buffers()]
+    tensors = (*model.parameters(), *model.buffers())
+    cuda = {t.device for t in tensors if t.device.type == "cuda"}
     try:
-        with plain_arithmetic(), torch.random.fork_rng(devices=()):
+        with plain_arithmetic(), torch.random.fork_rng(devices=cuda):
+            seed(model)
             yield
     finally:
         with torch.no_grad():
@@ -70,7 +77,7 @@ def run(
             out = functional_call(model, dict(instead), inputs.args, inputs.kwargs)
         else:
             out = model(*inputs.args, **inputs.kwargs)
-        return [t.detach().clone() for t in _floats(out)]
+        return [t.detach().clone() for t in floats(out)]
 
 
 def squared_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -79,7 +86,8 @@ def squared_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
 
 
-def _floats(out: Any) -> list[Tensor]:
+def floats(out: Any) -> list[Tensor]:
+    """The floating-point tensors in what a model has returned."""
     return [t for t in tensors_in(out) if t.is_floating_point()]
 
 
@@ -158,7 +166,7 @@ def _add_sample(
     found: Measured,
 ) -> None:
     with _inputs(layers) as seen:
-        out = _floats(functional_call(model, dict(leaves), sample.args, sample.kwargs))
+        out = floats(functional_call(model, dict(leaves), sample.args, sample.kwargs))
     if not all(bool(torch.isfinite(t).all()) for t in out):
         raise ArgumentError(
             "the model's outputs on the example inputs are not all finite. Pass example inputs as "
