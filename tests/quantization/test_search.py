@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import pathlift
 from pathlift.absorption import fold_captured_
 from pathlift.capture.model import capture
-from pathlift.quantization import equalize_, objective
+from pathlift.quantization import equalize_, objective, search
 from pathlift.quantization.descent import Curvature, descend
 from pathlift.quantization.formats import FORMATS
 from pathlift.quantization.layers import weights
@@ -160,6 +160,19 @@ def test_small_models_are_searched_nearby() -> None:
     model, x = cnn()
     report = equalize_(model, x, format="int4")
     assert len(report.tried) > 32 and report.measured_after == max(report.tried)
+
+
+def test_larger_models_are_searched_further_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = cnn()
+    monkeypatch.setattr(search, "_SMALL", 0)
+    once, more = (
+        equalize_(copy.deepcopy(model), x, format="int4", thorough=t) for t in (False, True)
+    )
+    assert len(once.tried) == 2 < len(more.tried)
+    assert more.evaluations > once.evaluations
+    assert more.measured_after >= more.measured_before
 
 
 def test_no_outputs_by_weights_is_an_error() -> None:

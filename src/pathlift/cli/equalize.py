@@ -22,7 +22,13 @@ STREAMED = (
     "was absorbed, for which the model must be in memory"
 )
 # What streaming does not do, by the name of the option.
-_WHOLE = {"--relu6": "relu6", "--examples": "examples", "--per": "per", "--format": "format"}
+_WHOLE = {
+    "--relu6": "relu6",
+    "--examples": "examples",
+    "--per": "per",
+    "--format": "format",
+    "--thorough": "thorough",
+}
 
 
 def add_arguments(parser: Any) -> None:
@@ -43,6 +49,7 @@ def add_arguments(parser: Any) -> None:
     add("--biases", default="shrink", help="shrink (default) or ignore")
     add("--no-fold", action="store_true", help="leave batch norms")
     add("--no-absorb", action="store_true", help="leave high biases")
+    add("--thorough", action="store_true", help="search longer: worth some decibels at int4")
     add(
         "--examples",
         type=Path,
@@ -90,6 +97,7 @@ def _whole(args: Any, lines: Lines) -> Any:
         absorb=not args.no_absorb,
         format=args.format or "int8",
         per=args.per or "tensor",
+        thorough=args.thorough,
     )
     lines(f"writing {args.output}")
     save(model, args.output)

@@ -45,9 +45,14 @@ class Asked:
     absorb: bool
     format: Format
     per: str
+    thorough: bool = False
 
     def __post_init__(self) -> None:
-        flags: dict[str, object] = {"fold": self.fold, "absorb": self.absorb}
+        flags: dict[str, object] = {
+            "fold": self.fold,
+            "absorb": self.absorb,
+            "thorough": self.thorough,
+        }
         for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise ArgumentError(f"{name} must be True or False; found {flag!r}.")
@@ -64,6 +69,14 @@ class Asked:
     def coarse(self) -> bool:
         """Whether steps are so few that many entries become 0."""
         return self.format.steps < _FINE
+
+    def further(self, found: Sequence[Weight]) -> bool:
+        """Whether the search goes on: where that is asked for, or is cheap."""
+        return self.thorough or _entries(found) <= _SMALL
+
+
+def _entries(found: Sequence[Weight]) -> int:
+    return sum(one.parameter.numel() for one in found)
 
 
 def names_of(found: Sequence[Weight], group: RescalingGroup) -> list[str]:
@@ -172,11 +185,12 @@ def search(
     """Scales of little error.
 
     Few steps (int4) round many entries to 0, whose errors no longer depend on the step. Which
-    those are depends on the scales, so there the search goes on a few rounds, each with the
-    entries that become 0 at the last one's scales. Errors are then no longer small, and the
-    prediction is a guide only; so what is found for sensitivities that differ less (and for equal
-    ones, which is about ranges alone) is worth trying, too. What one rounding makes of the
-    predicted error is a draw, the wider the smaller the model.
+    those are depends on the scales, so there the second stage counts the entries that become 0 at
+    the first one's scales. In small models, and where it is asked for, the search goes on a few
+    rounds in the same way. Errors are then no longer small, and the prediction is a guide only; so
+    what is found for sensitivities that differ less (and for equal ones, which is about ranges
+    alone) is worth trying, too. What one rounding makes of the predicted error is a draw, the wider
+    the smaller the model.
     """
     plain = Errors(terms_of(found, group, measured, asked), group.basis)
 
@@ -197,15 +211,21 @@ def search(
         result.scales.append(scales)
         return scales
 
-    scales = add(plain, none)
-    if not asked.coarse and plain.total(scales) >= plain.total(none):
-        result.scales.clear()
+    if asked.coarse:
+        scales, result.evaluations = plain.least(none, *limits, STAGES[:1])
+        scales = add(errors(scales), scales, STAGES[1:])
+    else:
+        scales = add(plain, none)
+        if plain.total(scales) >= plain.total(none):
+            result.scales.clear()
+            return result
+    if not asked.further(found):
         return result
-    entries = sum(one.parameter.numel() for one in found)
+    entries = _entries(found)
     small = entries <= _SMALL
     if asked.coarse:
         for _ in range(_ROUNDS):
-            scales = add(errors(scales), scales, STAGES[-1:])
+            scales = add(errors(scales), scales, STAGES[1:])
         for power in _POWERS:
             add(plain.replaced([flattened(t, power) for t in plain.terms]), none)
     if asked.coarse or small:

@@ -146,9 +146,11 @@ def thinned(
     """
     size, weight = _magnitudes(values), sensitivity.cpu()
     alive = _survive(size, moved, steps, axis)
-    dead = float((weight * size.square() * ~alive).sum(dtype=torch.float64))
+    kept = weight * alive
+    lost = (weight - kept).mul_(size).mul_(size)
+    dead = float(lost.reshape(len(lost), -1).sum(1).sum(dtype=torch.float64))
     parts, classes = _layout(spec, tuple(values.shape), axis)
-    by_row, by_column = _both_sums(weight * alive, parts, classes)
+    by_row, by_column = _both_sums(kept, parts, classes)
     fixed = known.fixed + factor * dead
     return replace(known, by_row=by_row, by_column=by_column, fixed=fixed)
 
@@ -190,12 +192,16 @@ def _both_sums(
 
 
 def _survive(size: Tensor, moved: Sequence[Tensor], steps: float, axis: int | None) -> Tensor:
-    """Which entries are at least half a step, once moved."""
+    """1 for entries of more than half a step, once moved, and 0 for others, in their own dtype.
+
+    Products with booleans are several times slower.
+    """
     for exponent in moved:
         size = size * torch.exp2(exponent).to(size.dtype)
     others = [d for d in range(size.dim()) if d != axis]
     top = size.max() if axis is None else size.amax(others, keepdim=True)
-    return size >= top / (2.0 * steps)
+    half_steps = size * (2.0 * steps / top.clamp(min=torch.finfo(size.dtype).tiny))
+    return torch.nn.functional.threshold(half_steps, 1.0, 0.0, inplace=True).sign_()
 
 
 def input_scales(spec: ParameterScales, groups: int) -> ParameterScales | None:
