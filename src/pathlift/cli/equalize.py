@@ -106,7 +106,7 @@ def _whole(args: Any, lines: Lines) -> Any:
 
 def _streamed(args: Any, lines: Lines) -> Any:
     for option, name in _WHOLE.items():
-        if getattr(args, name) is not None:
+        if getattr(args, name):
             raise ArgumentError(
                 f"{option} needs the model in memory; --stream folds batch norms and equalises "
                 f"ranges alone. Leave out one of them."
