@@ -79,7 +79,7 @@ def equalize_(
         model: in evaluation mode, the only one that is looked at: what runs in training mode alone
             (auxiliary heads) is not rescaled with the rest.
         example_inputs: one batch as forward takes it. Its values matter: sensitivities are measured
-            on its first samples (2 to 8, of small models more), and a few
+            on its first samples (1 to 8, of small models more), and a few
             typical ones are enough.
         fold: fold batch norms.
         biases: ``"shrink"`` or ``"ignore"``. Biases are not quantised, but a layer's output ranges
@@ -161,7 +161,10 @@ def _equalized(
         group = infer_group(program)
     found = list(weights(model))
     with timed(seconds, "measure"):
-        names, times = names_of(found, group), 2 if asked.coarse and asked.further(found) else 1
+        names, times = (
+            names_of(found, group),
+            2 if asked.thorough or (asked.coarse and asked.further(found)) else 1,
+        )
         measured = measure(model, program, found, names, batches, times)
     with timed(seconds, "solve"):
         limits = bounds(program, group)

@@ -7,6 +7,7 @@ at the output gives ``(d u.out / d theta_i)^2``, whose expectation over u is tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +25,9 @@ from pathlift.errors import ArgumentError
 from pathlift.quantization.layers import Convolution, Weight
 from pathlift.surroundings import plain_arithmetic
 
-# Samples of the example inputs that sensitivities are averaged over: fewest and most, and how many
-# derivatives are affordable in all. Where steps are few, twice as many of each.
-_FEWEST, _MOST, _AFFORDABLE = 2, 8, 1 << 23
+# Samples of the example inputs that sensitivities are averaged over at most, and how many
+# derivatives are affordable in all (one sample always is). A longer search takes twice as many.
+_MOST, _AFFORDABLE = 8, 1 << 23
 
 
 @dataclass
@@ -94,7 +95,7 @@ def floats(out: Any) -> list[Tensor]:
 def samples_of(inputs: Inputs, batch: int | None, entries: int, times: int = 1) -> list[Inputs]:
     """The first samples of a batch, one by one; the whole where samples can't be told apart.
 
-    2 of them for a model of many ``entries``, up to 8 for a small one; ``times`` as many.
+    1 of them for a model of many ``entries``, up to 8 for a small one; ``times`` as many.
     """
     if batch is None:
         return [inputs]
@@ -103,7 +104,7 @@ def samples_of(inputs: Inputs, batch: int | None, entries: int, times: int = 1) 
         return tensor[k : k + 1] if tensor.dim() and tensor.shape[0] == batch else tensor
 
     found = []
-    number = times * max(_FEWEST, min(_MOST, _AFFORDABLE // max(entries, 1)))
+    number = times * min(_MOST, math.ceil(_AFFORDABLE / max(entries, 1)))
     for k in range(min(batch, number)):
         pick = lambda t, k=k: one(t, k)  # noqa: E731
         args, kwargs = pytree.tree_map_only(Tensor, pick, (inputs.args, inputs.kwargs))
