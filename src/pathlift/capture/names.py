@@ -51,6 +51,8 @@ def named_tensors(
     return parameters, buffers, aliases
 
 
+# Most of what a module has, and nothing that could hold a tensor.
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 # What a module keeps for itself.
 _OWN = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -64,8 +66,9 @@ def attributes(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name not in _OWN and not name.endswith("_hooks"):
-                _collect(f"{path}.{name}" if path else name, value, found, 4)
+            if type(value) in _PLAIN or name in _OWN or name.endswith("_hooks"):
+                continue
+            _collect(f"{path}.{name}" if path else name, value, found, 4)
     return found
 
 
@@ -73,12 +76,14 @@ def _collect(name: str, value: Any, found: dict[str, Tensor], depth: int) -> Non
     if isinstance(value, Tensor):
         if not isinstance(value, nn.Parameter):
             found[name] = value
-    elif depth and isinstance(value, Mapping):
+    elif depth and isinstance(value, (dict, Mapping)):
         for key, one in value.items():
-            _collect(f"{name}[{key!r}]", one, found, depth - 1)
+            if type(one) not in _PLAIN:
+                _collect(f"{name}[{key!r}]", one, found, depth - 1)
     elif depth and isinstance(value, (list, tuple, set, frozenset)):
         for k, one in enumerate(value):
-            _collect(f"{name}[{k}]", one, found, depth - 1)
+            if type(one) not in _PLAIN:
+                _collect(f"{name}[{k}]", one, found, depth - 1)
 
 
 def check_model(model: object, meta: bool = False) -> nn.Module:

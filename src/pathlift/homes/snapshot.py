@@ -13,6 +13,7 @@ Not seen: functions of other files, caches around functions, state kept in C.
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +101,8 @@ class Snapshot:
         self.model = model
         self._seen: dict[int, object] = {}
         self._held: dict[int, list[_Holder]] = {}
+        # Most of what a module holds are dicts of hooks that nobody registered.
+        self._empty: dict[int, tuple[dict[Any, Any], _Place]] = {}
         self._tensors: dict[int, tuple[TensorState, _Place]] = {}
         self._put_back: list[Callable[[], object]] = []
         self._memory = Memory()
@@ -128,6 +131,9 @@ class Snapshot:
                 continue
             # Kept alive, so that no other object gets the same id.
             self._seen[id(value)] = value
+            if type(value) in (dict, OrderedDict) and not value:
+                self._empty[id(value)] = (value, place)  # type: ignore[assignment]
+                continue
             if issubclass(type(value), Tensor):
                 self._tensors[id(value)] = (self._memory.state(value), place)  # type: ignore[arg-type]
             inner = [(part, place) for part in sides.parts(value) if _may_hold(part)]
@@ -170,7 +176,7 @@ class Snapshot:
         """
         states = [state for state, _ in self._tensors.values()]
         _all(
-            *(held.restore for held in reversed([*self._holders()])),
+            *(held.restore for held in reversed(self._holders())),
             *(state.put_back for state in states),
             self._memory.restore,
             *(state.look_again for state in states),
@@ -212,7 +218,10 @@ class Snapshot:
         """Ids of the tensors in whose place there is something else now."""
         found = set()
         for held in self._holders():
-            now = {key_of(k): v for k, v in held.face.read(held.holder)}
+            pairs = held.face.read(held.holder)
+            if sides.same(pairs, held.pairs):
+                continue
+            now = {key_of(k): v for k, v in pairs}
             found |= {
                 id(v)
                 for k, v in held.pairs
@@ -235,10 +244,17 @@ class Snapshot:
 
     def _contents(self, holder: object) -> list[Pairs]:
         """What an object held on each of its sides when the snapshot was made."""
+        if id(holder) in self._empty:
+            return [[]]
         return [held.pairs for held in self._held.get(id(holder), [])]
 
-    def _holders(self) -> Iterator[_Holder]:
-        return (held for several in self._held.values() for held in several)
+    def _holders(self) -> list[_Holder]:
+        """All that may differ now."""
+        found = [held for several in self._held.values() for held in several]
+        for empty, place in self._empty.values():
+            if empty:
+                found.append(_Holder(empty, sides.ITEMS, [], place))
+        return found
 
     def __enter__(self) -> Snapshot:
         return self
