@@ -17,7 +17,7 @@ from pathlift.homes.sharded import home_of, whole_home
 from pathlift.report import ConditioningReport
 from pathlift.settings import Settings
 from pathlift.surroundings import apart
-from pathlift.symmetry.group import infer_group
+from pathlift.symmetry.group import RescalingGroup, infer_group
 from pathlift.tensors.state import Optimizers
 from pathlift.timing import timed
 
@@ -79,7 +79,8 @@ class Conditioner:
         """
         home, program = whole_home(model), self.known.program
         check(home.model, self._like, program.folded)
-        return self._of(home, rebound(program, home.model), self.batch_norm)
+        # What was compared decides the group; no weight does.
+        return self._of(home, rebound(program, home.model), self.group, self.batch_norm, {})
 
     def save(self, path: str | Path) -> None:
         """Write what was captured to a ``.safetensors`` file; no weights, and no code.
@@ -99,15 +100,23 @@ class Conditioner:
             CheckpointError: not such a file, or of another version of torch, Python or pathlift.
             ArgumentError: the model is not like the captured one; see :meth:`on`.
         """
-        home = whole_home(model)
-        return cls._of(home, load(Path(path), home.model), batch_norm)
-
-    @classmethod
-    def _of(cls, home: ModuleHome, program: Program, batch_norm: str) -> Conditioner:
-        made = cls.__new__(cls)
         seconds: dict[str, float] = {}
+        home = whole_home(model)
+        program = load(Path(path), home.model)
         with timed(seconds, "symmetry"):
             group = infer_group(program, batch_norm)
+        return cls._of(home, program, group, batch_norm, seconds)
+
+    @classmethod
+    def _of(
+        cls,
+        home: ModuleHome,
+        program: Program,
+        group: RescalingGroup,
+        batch_norm: str,
+        seconds: dict[str, float],
+    ) -> Conditioner:
+        made = cls.__new__(cls)
         made._take(home, Understood(home, program, group, batch_norm), seconds)
         return made
 
