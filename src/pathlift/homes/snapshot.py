@@ -80,6 +80,28 @@ class _Holder:
     pairs: Pairs
     place: _Place
 
+    def __post_init__(self) -> None:
+        self.tensors = [pair for pair in self.pairs if issubclass(type(pair[1]), Tensor)]
+
+    def replaced(self) -> Iterator[Tensor]:
+        """Tensors in whose place there is something else now."""
+        if self.tensors:
+            now = {key_of(k): v for k, v in self.face.read(self.holder)}
+            yield from (v for k, v in self.tensors if now.get(key_of(k)) is not v)
+
+    def differing(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Keys of which it holds another object now, with both (or :data:`MISSING`)."""
+        now = self.face.read(self.holder)
+        if sides.same(now, self.pairs):
+            return
+        then = {key_of(k): (k, v) for k, v in self.pairs}
+        after = {key_of(k): (k, v) for k, v in now}
+        for name in {**then, **after}:
+            key, old = then.get(name, (after.get(name, (None, None))[0], MISSING))
+            _, new = after.get(name, (key, MISSING))
+            if old is not new:
+                yield key, old, new
+
     def restore(self) -> None:
         if not sides.same(self.face.read(self.holder), self.pairs):
             self.face.write(self.holder, self.pairs)
@@ -216,28 +238,10 @@ class Snapshot:
 
     def replaced(self) -> set[int]:
         """Ids of the tensors in whose place there is something else now."""
-        found = set()
-        for held in self._holders():
-            pairs = held.face.read(held.holder)
-            if sides.same(pairs, held.pairs):
-                continue
-            now = {key_of(k): v for k, v in pairs}
-            found |= {
-                id(v)
-                for k, v in held.pairs
-                if isinstance(v, Tensor) and now.get(key_of(k)) is not v
-            }
-        return found
+        return {id(tensor) for held in self._holders() for tensor in held.replaced()}
 
     def _changes_of(self, held: _Holder) -> Iterator[tuple[_Place, str]]:
-        now = held.face.read(held.holder)
-        if sides.same(now, held.pairs):
-            return
-        then = {key_of(k): (k, v) for k, v in held.pairs}
-        after = {key_of(k): (k, v) for k, v in now}
-        for name in {**then, **after}:
-            key, old = then.get(name, (after.get(name, (None, None))[0], MISSING))
-            _, new = after.get(name, (key, MISSING))
+        for key, old, new in held.differing():
             what = difference(old, new, self._contents, self._packages)
             if what is not None:
                 yield held.place.inside(held.holder, held.face, key), what
@@ -250,11 +254,11 @@ class Snapshot:
 
     def _holders(self) -> list[_Holder]:
         """All that may differ now."""
-        found = [held for several in self._held.values() for held in several]
-        for empty, place in self._empty.values():
-            if empty:
-                found.append(_Holder(empty, sides.ITEMS, [], place))
-        return found
+        filled = [one for one in self._empty.values() if one[0]]
+        return [
+            *(held for several in self._held.values() for held in several),
+            *(_Holder(holder, sides.ITEMS, [], place) for holder, place in filled),
+        ]
 
     def __enter__(self) -> Snapshot:
         return self
