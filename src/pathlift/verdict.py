@@ -6,6 +6,7 @@ number in a reason is from there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,6 +41,8 @@ class Facts:
         imbalance_before: log(AM/GM) of the path kernel's diagonal, per parameter.
         imbalance_after: the same at the continuous optimum.
         width_ratio: widest layer whose channels can be rescaled, over the narrowest; 1 if none.
+        output_ratio: widest output over the narrowest layer whose channels can be rescaled;
+            infinite where either is not known.
         batch_norms: batch norms per weight tensor.
         other_norms: layer, RMS, group and such norms per weight tensor.
         convolutions: weights with more than two axes, per weight tensor.
@@ -53,6 +56,7 @@ class Facts:
     imbalance_before: float
     imbalance_after: float
     width_ratio: float
+    output_ratio: float = math.inf
     batch_norms: float = 0.0
     other_norms: float = 0.0
     convolutions: float = 0.0
@@ -84,9 +88,9 @@ def judged(facts: Facts) -> Finding:
     return Finding(
         LIKELY,
         f"widths change {facts.width_ratio:.3g} times",
-        f"Widths change ({facts.width_ratio:.3g} times) and plain SGD has one rate for all "
-        f"layers: autoencoders ended 5% to 17% lower and a classifier with a bottleneck 38%, "
-        f"each at its own best rate, which is another one than without.",
+        f"Widths change ({facts.width_ratio:.3g} times) between wide inputs and outputs, and SGD "
+        f"has one rate for all layers: seven of seven autoencoders ended 5% to 18% lower, each at "
+        f"its own best rate, which mostly is another one than without.",
     )
 
 
@@ -165,15 +169,22 @@ def _adaptive(facts: Facts) -> Finding | None:
 
 
 def _convolutional(facts: Facts) -> Finding | None:
-    if facts.convolutions >= CONVOLUTIONAL:
+    if facts.convolutions < CONVOLUTIONAL:
+        return None
+    if facts.batch_norms < NORMALISED:
         return Finding(
-            NOTHING,
-            "most weights are convolutions",
-            "Most weights are convolutions: a fully convolutional network gained nothing and lost "
-            "its largest rates. A ResNet-18 of 6 channels ended lower (3 seeds); none of a usual "
-            "size has been tried.",
+            DONT,
+            "most weights are convolutions, without norms",
+            "Most weights are convolutions, without norms: of two such networks on digits neither "
+            "gained, one ended higher (3.2 times a loss of 7e-4), and both lost the rate that had "
+            "been their best.",
         )
-    return None
+    return Finding(
+        NOTHING,
+        "most weights are convolutions",
+        "Most weights are convolutions behind batch norms: a ResNet-18 of 6 channels ended lower "
+        "(3 seeds); none of a usual size has been tried.",
+    )
 
 
 def _level(facts: Facts) -> Finding | None:
@@ -212,9 +223,22 @@ def _narrow(facts: Facts) -> Finding | None:
     return None
 
 
+def _few_outputs(facts: Facts) -> Finding | None:
+    if facts.output_ratio < 1.0:
+        return Finding(
+            NOTHING,
+            "no layer is narrower than the outputs",
+            f"Widths change {facts.width_ratio:.3g} times, but no layer is narrower than the "
+            f"outputs, as with most classifiers: of seven such settings with SGD two ended lower "
+            f"(38% and 5%), each at its own best rate, five showed no difference and none ended "
+            f"higher.",
+        )
+    return None
+
+
 _RULES = (
     *(_nothing_moves, _normalised, _behind_batch_norms, _adaptive),
-    *(_convolutional, _level, _equal, _narrow),
+    *(_convolutional, _level, _equal, _few_outputs, _narrow),
 )
 
 _ADAPTIVE = (
@@ -269,7 +293,7 @@ def facts_of(
         imbalance_after: at the continuous optimum, whatever was applied.
         optimizer: see :func:`optimizer_kind`.
     """
-    widths = _free_widths(group)
+    widths, ends = _widths(group)
     names = [type(m).__name__.lower() for m in structure.modules()]
     weights = max(sum(len(s.shape) > 1 for s in group.parameters.values()), 1)
     stand_ins = {**report.approximated, **report.unsupported}
@@ -284,6 +308,7 @@ def facts_of(
         imbalance_before=report.imbalance_before,
         imbalance_after=imbalance_after,
         width_ratio=max(widths) / min(widths) if widths else 1.0,
+        output_ratio=max(ends) / min(widths) if widths and ends else math.inf,
         batch_norms=batch / weights,
         other_norms=max(len(norms) - batch, functional) / weights,
         convolutions=sum(len(s.shape) > 2 for s in group.parameters.values()) / weights,
@@ -294,13 +319,16 @@ def facts_of(
     )
 
 
-def _free_widths(group: RescalingGroup) -> list[int]:
-    """Channels of every weight whose outputs can be rescaled one by one.
+def _widths(group: RescalingGroup) -> tuple[list[int], list[int]]:
+    """Channels of every weight whose outputs can be rescaled one by one, and of those whose can't.
 
-    Vectors count: behind a batch norm it is its gain and bias that can be, not the weight.
+    Vectors count with the former: behind a batch norm it is its gain and bias that can be, not the
+    weight.
     """
-    return [
-        spec.shape[0]
-        for spec in group.parameters.values()
-        if any(axes == (0,) for axes, _ in spec.components())
-    ]
+    free, pinned = [], []
+    for spec in group.parameters.values():
+        if any(axes == (0,) for axes, _ in spec.components()):
+            free.append(spec.shape[0])
+        elif len(spec.shape) > 1:
+            pinned.append(spec.shape[0])
+    return free, pinned

@@ -193,6 +193,17 @@ _EMBEDDED: dict[str, Callable[[], Data]] = {
     "python-manual": _python_manual,
 }
 DATA_SETS = (*_EMBEDDED, *_FILES)
+# Numbers in a sample, and classes (characters of text).
+SIZES = {
+    "two-moons": (2, 2),
+    "digits": (64, 10),
+    "digits-pixelwise": (64, 10),
+    "photographs": (64, 0),
+    "python-manual": (_PIECE, len(_CHARACTERS)),
+    "mnist": (784, 10),
+    "fashion-mnist": (784, 10),
+    "cifar10": (3072, 10),
+}
 _FOLDERS = {
     "mnist": ("mnist", "MNIST/raw", "MNIST"),
     "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "FashionMNIST"),

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pathlift.experiments.architectures import widths_of
+from pathlift.experiments.data import SIZES
 from pathlift.experiments.exactness import CONTINUOUS
 from pathlift.verdict import DONT, LIKELY, NOTHING, VERDICTS, Facts, judged, optimizer_kind
 
@@ -21,11 +23,14 @@ def facts_of_entry(entry: Entry) -> Facts:
     # None or NaN where paths are not defined.
     before, after = entry["imbalance_before"], entry["methods"][CONTINUOUS]["imbalance_after"]
     kind = entry["architecture"].partition(":")[0]
+    features, classes = SIZES[entry["data"]]
+    widths = widths_of(entry["architecture"])
     return Facts(
         1,
         0.0 if before is None or math.isnan(before) else before,
         0.0 if after is None or math.isnan(after) else after,
         entry["width_ratio"],
+        (features if kind == "autoencoder" else classes) / min(widths),
         batch_norms=1.0 if entry["batch_norm"] or kind == "resnet18" else 0.0,
         attention=kind == "transformer",
         convolutions=1.0 if kind in ("convolutional", "resnet18") else 0.0,
