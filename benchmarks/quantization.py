@@ -222,8 +222,8 @@ def table(rows: list[dict[str, Any]], setting: str) -> list[str]:
     return lines
 
 
-def other_table(rows: list[dict[str, Any]], key: str, shape: str) -> list[str]:
-    """Seconds (means) or changes (largest) by network and tool."""
+def other_table(rows: list[dict[str, Any]], key: str = "seconds", shape: str = ".2f") -> list[str]:
+    """Seconds (medians) or changes (largest) by network and tool."""
     names = list(dict.fromkeys(r["network"] for r in rows))
     labels = list(dict.fromkeys(k for r in rows for k in r[key]))
     lines = [f"| network | {' | '.join(labels)} |", f"|{' --- |' * (len(labels) + 1)}"]
@@ -232,7 +232,7 @@ def other_table(rows: list[dict[str, Any]], key: str, shape: str) -> list[str]:
         cells = []
         for label in labels:
             values = [m[label] for m in mine if label in m]
-            one = statistics.mean if key == "seconds" else max
+            one = statistics.median if key == "seconds" else max
             cells.append(format(one(values), shape) if values else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -250,8 +250,22 @@ def page(data: dict[str, Any]) -> str:
     ]
     for setting in SETTINGS:
         lines += [f"### {setting[0].upper()}{setting[1:]}", "", *table(rows, setting), ""]
-    lines += ["### Seconds", "", "CPU seconds of one call, in the same run.", ""]
-    lines += [*other_table(rows, "seconds", ".2f"), "", "### Change of the function", ""]
+    lines += ["### Seconds", ""]
+    lines += ["CPU seconds of one call, medians over seeds, all in the same run.", ""]
+    # The other tools' call is the same whatever is rounded to what.
+    parts = [{k: v for k, v in r["seconds"].items() if ":" not in k} for r in rows]
+    lines += [*other_table([{**r, "seconds": p} for r, p in zip(rows, parts, strict=True)]), ""]
+    lines += ["The calls here, by what is rounded to what:", ""]
+    parts = [
+        {
+            k.removeprefix("here: ").removeprefix("here, "): v
+            for k, v in r["seconds"].items()
+            if ":" in k
+        }
+        for r in rows
+    ]
+    lines += [*other_table([{**r, "seconds": p} for r, p in zip(rows, parts, strict=True)]), ""]
+    lines += ["### Change of the function", ""]
     lines += [
         "Largest change of an output over the largest output, before anything is rounded.",
         "",
