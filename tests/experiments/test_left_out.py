@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from pathlift.experiments import left_out
+from pathlift.experiments.compare import LABELS
 from pathlift.experiments.exactness import CONTINUOUS, ENORM, NONE
 from pathlift.experiments.judging import rank_auc
 from pathlift.experiments.study import Run, Study
@@ -66,11 +69,21 @@ def test_verdicts_are_there_before_anything_is_trained(
     assert there == [{"-a", "-b"}] * 2
     settings, counted = result.tables
     assert [line[5] for line in settings.lines] == [LIKELY, NOTHING]
-    assert {line[10] for line in settings.lines} <= {  # two rates: both are edges
-        ", ".join(m for m in (NONE, CONTINUOUS, ENORM)),
-    }
-    assert [int(line[1]) for line in counted.lines] == [1, 1, 0]
-    assert result.findings[0].startswith("Of 2 settings told before they were trained")
+    edges = ", ".join(LABELS[m] for m in (NONE, CONTINUOUS, ENORM))
+    assert {line[-1] for line in settings.lines} == {edges}  # of two rates both are
+    assert {line[6] for line in settings.lines} == {"too few seeds"}
+    assert [int(line[1]) for line in counted.lines] == [0, 0, 0]
+    assert result.findings[0].startswith("Of 0 settings told before they were trained")
+
+
+def test_a_verdict_is_right_where_the_sign_is_what_it_promises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    promised = {LIKELY: {1}, NOTHING: {0}, DONT: {0, -1}}
+    for verdict, sign in itertools.product(promised, (1, 0, -1, None)):
+        monkeypatch.setattr(left_out, "gain_of", lambda *_, sign=sign: {"sign": sign})
+        outcome = left_out.Outcome(verdict, Mock(rates=[1.0]), {})
+        assert outcome.right is (None if sign is None else sign in promised[verdict])
 
 
 def test_a_verdict_is_told_once(tmp_path: Path) -> None:

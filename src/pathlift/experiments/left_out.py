@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from pathlift.experiments.architectures import widths_of
 from pathlift.experiments.catalogue import factor_two
+from pathlift.experiments.compare import LABELS
 from pathlift.experiments.exactness import CONTINUOUS, ENORM, NONE, rate_of
 from pathlift.experiments.judging import RIGHT, Entry, rank_auc, verdict_of
 from pathlift.experiments.study import Result, Run, Study, Table, stored
@@ -58,7 +59,7 @@ def studies(small: bool) -> dict[str, Study]:
     }
     language = {
         "-wide-language": _study(
-            "transformer:64-1", "python-manual", "adamw", (0.003, 3, 1), **text
+            "transformer:64-1", "python-manual", "adamw", (0.003, 4, 1), **text
         ),
         "-language-sgd": _study("transformer:32-2", "python-manual", "sgd", (0.5, 3, 2), **text),
     }
@@ -141,13 +142,16 @@ class Outcome(NamedTuple):
         sign: int | None = self.gain(method)["sign"]
         return sign
 
-    def gain(self, method: str = CONTINUOUS) -> dict[str, Any]:
-        """At own best rates."""
-        return gain_of(self.setting, method, range(len(self.setting.rates)))
+    def gain(self, method: str = CONTINUOUS, rates: Sequence[int] | None = None) -> dict[str, Any]:
+        """At own best rates of those numbered (None: all)."""
+        every = range(len(self.setting.rates))
+        return gain_of(self.setting, method, every if rates is None else rates)
 
     @property
-    def right(self) -> bool:
-        return self.sign() in RIGHT[self.verdict]
+    def right(self) -> bool | None:
+        """Whether the verdict was; None: too few seeds to say."""
+        sign = self.sign()
+        return None if sign is None else sign in RIGHT[self.verdict]
 
 
 def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
@@ -164,12 +168,14 @@ def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
 def _table(outcomes: Sequence[Outcome]) -> Table:
     head = (
         *("network", "data", "optimizer", "width ratio", "imbalance", "verdict", "right"),
-        *("gain, continuous", "best rate / baseline's", "gain, ENorm", "at the grid's edge"),
+        *("gain, continuous", "best rate / baseline's", "continuous, old rate"),
+        *("gain, ENorm", "ENorm, old rate", "at the grid's edge"),
     )
     lines: list[Sequence[str]] = []
     for o in outcomes:
         t, rates = o.told, o.setting.rates
         best = {m: rate_of(o.setting, m) for m in (NONE, CONTINUOUS, ENORM)}
+        old = [rates.index(best[NONE])]
         edge = [m for m, rate in best.items() if rate in (rates[0], rates[-1])]
         network = t["architecture"] + (", batch norm" if t["batch_norm"] else "")
         after = t["methods"][CONTINUOUS]["imbalance_after"]
@@ -179,11 +185,13 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
                 *(network, t["data"], t["optimizer"], f"{t['width_ratio']:g}"),
                 " → ".join("not defined" if v is None else f"{v:.3f}" for v in imbalances),
                 o.verdict,
-                "yes" if o.right else "no",
+                {True: "yes", False: "no", None: "too few seeds"}[o.right],
                 shown(o.gain()),
                 f"{best[CONTINUOUS] / best[NONE]:.2g}",
+                shown(o.gain(CONTINUOUS, old)),
                 shown(o.gain(ENORM)),
-                ", ".join(edge),
+                shown(o.gain(ENORM, old)),
+                ", ".join(LABELS[m] for m in edge),
             )
         )
     return Table(head, lines)
@@ -194,27 +202,28 @@ def _counts(outcomes: Sequence[Outcome]) -> Table:
     head = ("verdict", "settings", "gained", "no difference shown", "lost", "right")
     lines: list[Sequence[str]] = []
     for verdict in VERDICTS:
-        members = [o for o in outcomes if o.verdict == verdict]
+        members = [o for o in outcomes if o.verdict == verdict and o.right is not None]
         signs = [o.sign() for o in members]
         counts = (
             len(members),
             *(signs.count(s) for s in (1, 0, -1)),
-            sum(o.right for o in members),
+            sum(o.right is True for o in members),
         )
         lines.append((verdict, *map(str, counts)))
     return Table(head, lines)
 
 
 def _sentences(outcomes: Sequence[Outcome]) -> list[str]:
-    right = sum(o.right for o in outcomes)
-    quality = rank_auc([(o.verdict, o.sign() == 1) for o in outcomes])
+    known = [o for o in outcomes if o.right is not None]
+    right = sum(o.right is True for o in known)
+    quality = rank_auc([(o.verdict, o.sign() == 1) for o in known])
     found = [
-        f"Of {len(outcomes)} settings told before they were trained, the rule is right on {right}; "
+        f"Of {len(known)} settings told before they were trained, the rule is right on {right}; "
         f"a gain ranks above no gain with probability {quality:.2f} (AUC; ties count half)."
     ]
     for o in outcomes:
-        if not o.right:
-            seen = {1: "a gain", 0: "no difference", -1: "a loss", None: "too few seeds"}[o.sign()]
+        if o.right is False:
+            seen = {1: "a gain", 0: "no difference", -1: "a loss"}[o.sign() or 0]
             found.append(
                 f"A miss: {o.setting.architecture} on {o.setting.data}, {o.setting.optimizer}: the "
                 f"rule said {o.verdict}, and there was {seen}"
