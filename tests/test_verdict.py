@@ -211,6 +211,21 @@ def test_numbers_in_reasons_are_those_of_the_table() -> None:
     assert text[ENORM]["own_best_rates"]["sign"] == 0
 
 
+def test_what_was_told_and_what_would_be_told_now() -> None:
+    """docs/when.md says these numbers."""
+    entries = json.loads((WHEN.parent / "left-out-verdicts.json").read_text(encoding="utf-8"))
+    now = {}
+    for e in entries.values():
+        key = e["architecture"] + (", batch norm" if e["batch_norm"] else "")
+        now[key, e["data"], e["optimizer"]] = verdict_of(e)
+    rows = [r for r in told() if r["right"] != "too few seeds"]
+    signs = {(r["network"], r["data"], r["optimizer"]): gain(r)[1] for r in rows}
+    assert len(rows) == 17 and [r["right"] for r in rows].count("yes") == 9
+    assert sum(sign in RIGHT[now[key]] for key, sign in signs.items()) == 13
+    wrong = [r for r in rows if r["verdict"] == LIKELY and r["right"] == "no"]
+    assert len(wrong) == 4 and all(r["network"].startswith("mlp") for r in wrong)
+
+
 # Runs that the rule was not made from, with powers of two (docs/reproduced/NAME.csv): widths of the
 # hidden layers by the first column, and what else is known of the family.
 LEFT_OUT: dict[str, tuple[Callable[[float], list[float]], dict[str, float]]] = {
