@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from pathlift.experiments import left_out
+from pathlift.experiments import left_out, reproduce
 from pathlift.experiments.compare import LABELS
 from pathlift.experiments.exactness import CONTINUOUS, ENORM, NONE
 from pathlift.experiments.judging import rank_auc
@@ -95,6 +95,22 @@ def test_a_verdict_is_told_once(tmp_path: Path) -> None:
     (tmp_path / left_out.FILE).write_text(text)
     again = left_out.foretold({"-a": study, "-b": replace(study)}, run)
     assert (again["-a"]["verdict"], again["-b"]["verdict"]) == (DONT, LIKELY)
+
+
+def test_training_alone_tells_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = replace(
+        reproduce.EXPERIMENTS["left-out"], studies=lambda small: {"-a": _tiny("mlp:6-2-6", "sgd")}
+    )
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "left-out", found)
+    there: list[bool] = []
+
+    def train(cells: list, run: Run) -> list:
+        there.append((tmp_path / left_out.FILE).exists())
+        return []
+
+    monkeypatch.setattr(reproduce, "train_cells", train)
+    reproduce._train_only(["left-out"], True, _run(tmp_path))
+    assert there == [True]
 
 
 def test_ranks_of_verdicts() -> None:

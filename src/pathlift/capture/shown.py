@@ -121,7 +121,8 @@ class Rehearsal:
         """To be called after it, with what the model has returned."""
         left = [t for t in (*model.buffers(), *attributes(model).values()) if _is_dense(t)]
         fast = any(isinstance(m, _FAST) for m in model.modules())
-        if not fast and sum(t.nbytes for t in left) <= _MOST:
+        whole = all(map(_is_dense, tensors_in(out)))
+        if whole and not fast and sum(t.nbytes for t in left) <= _MOST:
             self.shown[mode] = shown(model, out)
 
     def stands_for(self, program: Program) -> dict[bool, Shown]:
