@@ -251,7 +251,7 @@ def page(data: dict[str, Any]) -> str:
     for setting in SETTINGS:
         lines += [f"### {setting[0].upper()}{setting[1:]}", "", *table(rows, setting), ""]
     lines += ["### Seconds", ""]
-    lines += ["CPU seconds of one call, medians over seeds, all in the same run.", ""]
+    lines += ["CPU seconds of one call, medians over three seeds, all in one run.", ""]
     # The other tools' call is the same whatever is rounded to what.
     parts = [{k: v for k, v in r["seconds"].items() if ":" not in k} for r in rows]
     lines += [*other_table([{**r, "seconds": p} for r, p in zip(rows, parts, strict=True)]), ""]
