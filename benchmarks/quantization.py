@@ -222,7 +222,19 @@ def table(rows: list[dict[str, Any]], setting: str) -> list[str]:
     return lines
 
 
-def other_table(rows: list[dict[str, Any]], key: str = "seconds", shape: str = ".2f") -> list[str]:
+def seconds_of(rows: list[dict[str, Any]], own: bool) -> list[dict[str, Any]]:
+    """The rows with the seconds of the calls here by setting (``own``), or of one call per tool."""
+
+    def label(key: str) -> str:
+        return key.removeprefix("here: ").removeprefix("here, ") if own else key
+
+    return [
+        {**r, "seconds": {label(k): v for k, v in r["seconds"].items() if (":" in k) == own}}
+        for r in rows
+    ]
+
+
+def other_table(rows: list[dict[str, Any]], key: str, shape: str) -> list[str]:
     """Seconds (medians) or changes (largest) by network and tool."""
     names = list(dict.fromkeys(r["network"] for r in rows))
     labels = list(dict.fromkeys(k for r in rows for k in r[key]))
@@ -253,18 +265,9 @@ def page(data: dict[str, Any]) -> str:
     lines += ["### Seconds", ""]
     lines += ["CPU seconds of one call, medians over three seeds, all in one run.", ""]
     # The other tools' call is the same whatever is rounded to what.
-    parts = [{k: v for k, v in r["seconds"].items() if ":" not in k} for r in rows]
-    lines += [*other_table([{**r, "seconds": p} for r, p in zip(rows, parts, strict=True)]), ""]
+    lines += [*other_table(seconds_of(rows, own=False), "seconds", ".2f"), ""]
     lines += ["The calls here, by what is rounded to what:", ""]
-    parts = [
-        {
-            k.removeprefix("here: ").removeprefix("here, "): v
-            for k, v in r["seconds"].items()
-            if ":" in k
-        }
-        for r in rows
-    ]
-    lines += [*other_table([{**r, "seconds": p} for r, p in zip(rows, parts, strict=True)]), ""]
+    lines += [*other_table(seconds_of(rows, own=True), "seconds", ".2f"), ""]
     lines += ["### Change of the function", ""]
     lines += [
         "Largest change of an output over the largest output, before anything is rounded.",

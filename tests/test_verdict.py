@@ -23,6 +23,7 @@ from pathlift.experiments.judging import (
     counts,
     distinct,
     misses,
+    network_of,
     sign_of,
     verdict_of,
 )
@@ -216,8 +217,7 @@ def test_what_was_told_and_what_would_be_told_now() -> None:
     entries = json.loads((WHEN.parent / "left-out-verdicts.json").read_text(encoding="utf-8"))
     now = {}
     for e in entries.values():
-        key = e["architecture"] + (", batch norm" if e["batch_norm"] else "")
-        now[key, e["data"], e["optimizer"]] = verdict_of(e)
+        now[network_of(e), e["data"], e["optimizer"]] = verdict_of(e)
     rows = [r for r in told() if r["right"] != "too few seeds"]
     signs = {(r["network"], r["data"], r["optimizer"]): gain(r)[1] for r in rows}
     assert len(rows) == 17 and [r["right"] for r in rows].count("yes") == 9

@@ -109,7 +109,7 @@ def test_the_command_writes_tables_figures_and_the_decision(
     from pathlift.experiments import exactness, reproduce
 
     def tiny(small: bool) -> dict:
-        study = exactness._study(
+        study = exactness.one_network(
             "mlp:6-2-6", "two-moons", "sgd", [0.1, 0.15], seeds=range(1), epochs=2, samples=128
         )
         return {"-moons": study}

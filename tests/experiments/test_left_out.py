@@ -82,7 +82,7 @@ def test_a_verdict_is_right_where_the_sign_is_what_it_promises(
     promised = {LIKELY: {1}, NOTHING: {0}, DONT: {0, -1}}
     for verdict, sign in itertools.product(promised, (1, 0, -1, None)):
         monkeypatch.setattr(left_out, "gain_of", lambda *_, sign=sign: {"sign": sign})
-        outcome = left_out.Outcome(verdict, Mock(rates=[1.0]), {})
+        outcome = left_out.Outcome({"verdict": verdict}, Mock(rates=[1.0]))
         assert outcome.right is (None if sign is None else sign in promised[verdict])
 
 

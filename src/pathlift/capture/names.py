@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pathlift.errors import ArgumentError, CaptureError
+from pathlift.homes.differences import is_plain
 from pathlift.tensors.shards import local_part
 
 
@@ -51,8 +52,6 @@ def named_tensors(
     return parameters, buffers, aliases
 
 
-# Most of what a module has, and nothing that could hold a tensor.
-_PLAIN = frozenset({bool, int, float, str, type(None)})
 # What a module keeps for itself.
 _OWN = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -66,7 +65,7 @@ def attributes(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if type(value) in _PLAIN or name in _OWN or name.endswith("_hooks"):
+            if is_plain(value) or name in _OWN or name.endswith("_hooks"):
                 continue
             _collect(f"{path}.{name}" if path else name, value, found, 4)
     return found
@@ -78,11 +77,11 @@ def _collect(name: str, value: Any, found: dict[str, Tensor], depth: int) -> Non
             found[name] = value
     elif depth and isinstance(value, (dict, Mapping)):
         for key, one in value.items():
-            if type(one) not in _PLAIN:
+            if not is_plain(one):
                 _collect(f"{name}[{key!r}]", one, found, depth - 1)
     elif depth and isinstance(value, (list, tuple, set, frozenset)):
         for k, one in enumerate(value):
-            if type(one) not in _PLAIN:
+            if not is_plain(one):
                 _collect(f"{name}[{k}]", one, found, depth - 1)
 
 

@@ -122,6 +122,12 @@ def widths_of(name: str) -> list[int]:
     return [sizes[0] * 2**k for k in range(4)] if kind == "resnet18" else sizes
 
 
+def width_ratio(name: str) -> float:
+    """The widest hidden layer over the narrowest."""
+    widths = widths_of(name)
+    return max(widths) / min(widths)
+
+
 INITIALIZATIONS = ("pytorch", "kaiming-normal")
 
 

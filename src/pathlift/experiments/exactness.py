@@ -41,9 +41,10 @@ def fine(centre: float, below: int, above: int) -> list[float]:
     return [float(f"{centre * FACTOR**k:.3g}") for k in range(-below, above + 1)]
 
 
-def _study(
+def one_network(
     architecture: str, data: str, optimizer: str, rates: list[float], **settings: Any
 ) -> Study:
+    """The study of one network on one data set with one optimiser; ``settings``: of the grid."""
     settings = {"methods": FOUR, "optimizers": (optimizer,), "data": (data,), **settings}
     return Study("network", {1.0: architecture}, {"rates": rates, **settings}, None, 1.0)
 
@@ -53,26 +54,26 @@ def studies(small: bool) -> dict[str, Study]:
     bottleneck, code = "mlp:256-16-256", "autoencoder:128-32-8"
     seeds = range(20)
     found = {
-        "-digits-autoencoder-sgd": _study(
+        "-digits-autoencoder-sgd": one_network(
             code, "digits-pixelwise", "sgd", fine(1, 2, 4), seeds=seeds, epochs=40
         ),
-        "-digits-classifier-sgd": _study(
+        "-digits-classifier-sgd": one_network(
             bottleneck, "digits", "sgd", fine(1, 3, 2), seeds=seeds, epochs=20
         ),
-        "-digits-autoencoder-adam": _study(
+        "-digits-autoencoder-adam": one_network(
             code, "digits-pixelwise", "adam", fine(0.0054, 2, 2), seeds=seeds, epochs=40
         ),
-        "-digits-classifier-adam": _study(
+        "-digits-classifier-adam": one_network(
             bottleneck, "digits", "adam", fine(0.0081, 2, 2), seeds=seeds, epochs=20
         ),
     }
     if small:
         return found
     part = {"epochs": 5, "samples": 12_000, "held_out": False}
-    found["-mnist-autoencoder-sgd"] = _study(
+    found["-mnist-autoencoder-sgd"] = one_network(
         "autoencoder:256-64-16", "mnist", "sgd", fine(0.667, 2, 3), seeds=range(5), **part
     )
-    found["-mnist-classifier-sgd"] = _study(
+    found["-mnist-classifier-sgd"] = one_network(
         bottleneck, "mnist", "sgd", fine(0.3, 2, 2), seeds=range(5), **part
     )
     return found

@@ -38,6 +38,16 @@ def facts_of_entry(entry: Entry) -> Facts:
     )
 
 
+def norm_of(entry: Entry) -> str:
+    """What is said behind a network of its norms."""
+    return ", batch norm" if entry["batch_norm"] else ""
+
+
+def network_of(entry: Entry) -> str:
+    """How a setting's network is called in tables."""
+    return str(entry["architecture"]) + norm_of(entry)
+
+
 def verdict_of(entry: Entry) -> str:
     """The rule's verdict on a setting."""
     return judged(facts_of_entry(entry)).verdict

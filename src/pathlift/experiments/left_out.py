@@ -11,14 +11,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from pathlift.experiments.architectures import widths_of
+from pathlift.experiments.architectures import width_ratio
 from pathlift.experiments.catalogue import factor_two
 from pathlift.experiments.compare import LABELS
-from pathlift.experiments.exactness import CONTINUOUS, ENORM, NONE, rate_of
-from pathlift.experiments.judging import RIGHT, Entry, rank_auc, verdict_of
+from pathlift.experiments.exactness import CONTINUOUS, ENORM, NONE, one_network, rate_of
+from pathlift.experiments.judging import RIGHT, Entry, network_of, rank_auc, verdict_of
 from pathlift.experiments.study import Result, Run, Study, Table, stored
 from pathlift.experiments.summary import Setting, plain, settings_of
 from pathlift.experiments.sweep import Place, cell_data, start_of
@@ -36,15 +35,8 @@ def _study(
     rates: tuple[float, int, int],
     **settings: Any,
 ) -> Study:
-    given = {
-        "methods": (NONE, CONTINUOUS, ENORM),
-        "data": (data,),
-        "optimizers": (optimizer,),
-        "rates": factor_two(*rates),
-        "seeds": range(5),
-        **settings,
-    }
-    return Study("network", {1.0: architecture}, given, None, 1.0)
+    given = {"methods": (NONE, CONTINUOUS, ENORM), "seeds": range(5), **settings}
+    return one_network(architecture, data, optimizer, factor_two(*rates), **given)
 
 
 def studies(small: bool) -> dict[str, Study]:
@@ -100,14 +92,13 @@ def told(study: Study, place: Place) -> Entry:
         values = [start_of(c, data).imbalance for c in cells]
         return math.fsum(values) / len(values)
 
-    widths = widths_of(cell.architecture)
     facts: Entry = {
         "architecture": cell.architecture,
         "data": cell.data,
         "optimizer": cell.optimizer,
         "batch_norm": cell.norm,
         "initialization": cell.initialization,
-        "width_ratio": max(widths) / min(widths),
+        "width_ratio": width_ratio(cell.architecture),
         "imbalance_before": imbalance(NONE),
         "methods": {CONTINUOUS: {"imbalance_after": imbalance(CONTINUOUS)}},
     }
@@ -122,20 +113,20 @@ def foretold(chosen: dict[str, Study], run: Run) -> dict[str, Entry]:
         if suffix not in known:
             run.progress(f"the rule on {study.cells()[0].architecture}")
             known[suffix] = plain(told(study, run.place))
-    _write(path, known)
+    path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return {suffix: known[suffix] for suffix in chosen}
-
-
-def _write(path: Path, entries: dict[str, Entry]) -> None:
-    path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
 class Outcome(NamedTuple):
     """A setting's verdict, and what came of it."""
 
-    verdict: str
-    setting: Setting
     told: Entry
+    setting: Setting
+
+    @property
+    def verdict(self) -> str:
+        """What the rule had said."""
+        return str(self.told["verdict"])
 
     def sign(self, method: str = CONTINUOUS) -> int | None:
         """Of what a method gained at own best rates; None: too few seeds."""
@@ -158,7 +149,7 @@ def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
     """Write the verdicts, train, and compare."""
     verdicts = foretold(chosen, run)
     outcomes = [
-        Outcome(verdicts[suffix]["verdict"], setting, verdicts[suffix])
+        Outcome(verdicts[suffix], setting)
         for suffix, study in chosen.items()
         for setting in settings_of(stored(study, run))
     ]
@@ -177,12 +168,11 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
         best = {m: rate_of(o.setting, m) for m in (NONE, CONTINUOUS, ENORM)}
         old = [rates.index(best[NONE])]
         edge = [m for m, rate in best.items() if rate in (rates[0], rates[-1])]
-        network = t["architecture"] + (", batch norm" if t["batch_norm"] else "")
         after = t["methods"][CONTINUOUS]["imbalance_after"]
         imbalances = (t["imbalance_before"], after)
         lines.append(
             (
-                *(network, t["data"], t["optimizer"], f"{t['width_ratio']:g}"),
+                *(network_of(t), t["data"], t["optimizer"], f"{t['width_ratio']:g}"),
                 " → ".join("not defined" if v is None else f"{v:.3f}" for v in imbalances),
                 o.verdict,
                 {True: "yes", False: "no", None: "too few seeds"}[o.right],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,11 @@ def _studies(name: str, small: bool, run: Run) -> dict[str, Study]:
     return finished(found, run.store().keys()) if run.finished else found
 
 
-def _exact(name: str, small: bool, run: Run) -> Result:
-    """Train and compare; decide between continuous scales and powers of two."""
-    return exactness.experiment(name, _studies(name, small, run), run)
-
-
-def _when(name: str, small: bool, run: Run) -> Result:
-    """Gather what every setting gained."""
-    return when.experiment(name, _studies(name, small, run), run)
-
-
-def _left_out(name: str, small: bool, run: Run) -> Result:
-    """Say first what will come of settings, then train them."""
-    return left_out.experiment(name, _studies(name, small, run), run)
+def _whole(
+    experiment: Callable[[str, dict[str, Study], Run], Result],
+) -> Callable[[str, bool, Run], Result]:
+    """An experiment that makes one result of all of its studies."""
+    return lambda name, small, run: experiment(name, _studies(name, small, run), run)
 
 
 def _train(name: str, small: bool, run: Run) -> Result:
@@ -132,7 +125,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "and 64-256-16-256-10, 20 epochs; 20 seeds. Full: also MNIST's first 12,000 images, "
         "784-256-64-16-64-256-784 and 784-256-16-256-10, 5 epochs, 5 seeds. The table says how "
         "many seeds there are so far.",
-        _exact,
+        _whole(exactness.experiment),
         exactness.studies,
     ),
     "when": Experiment(
@@ -143,7 +136,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "full-size runs and optimisers above. Gains are shares of the baseline's final loss "
         "(positive: lower loss), with 95% intervals over paired seeds. The table is also in "
         "when.json.",
-        _when,
+        _whole(when.experiment),
         when.studies,
     ),
     "left-out": Experiment(
@@ -155,8 +148,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "seeds. Gains are shares of the baseline's final training loss (positive: lower loss), "
         "each method at its own best rate, with 95% intervals over paired seeds. Small: digits and "
         "the manual.",
-        _left_out,
+        _whole(left_out.experiment),
         left_out.studies,
+        before=left_out.foretold,
     ),
     "scales": Experiment(
         "Size of the rescaling at initialisation",
@@ -211,9 +205,11 @@ def main(args: Any, progress: Progress) -> dict[str, Any]:
 
 def _train_only(names: list[str], small: bool, run: Run) -> dict[str, Any]:
     """Train what is missing, all experiments' cells in one queue."""
-    if "left-out" in names:  # what is told has to be there before anything is trained
-        left_out.foretold(EXPERIMENTS["left-out"].studies(small), run)
-    studies = [s for name in names for s in EXPERIMENTS[name].studies(small).values()]
+    studies: list[Study] = []
+    for experiment in map(EXPERIMENTS.__getitem__, names):
+        chosen = experiment.studies(small)
+        experiment.before(chosen, run)
+        studies += chosen.values()
     rows = train_cells(interleaved(studies), run)
     return {
         "data": {"cells": str(run.output / CELLS), "experiments": names, "finished": len(rows)},

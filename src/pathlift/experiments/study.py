@@ -114,6 +114,7 @@ class Experiment:
         about: what is done, in full and small.
         run: ``(name, small, run) -> result``; writes figures.
         studies: (small) -> studies by suffix, for those that train.
+        before: what has to be done before anything of the studies is trained.
         full: what is added to the name where the full form stands beside the small one.
     """
 
@@ -122,6 +123,7 @@ class Experiment:
     run: Callable[[str, bool, Run], Result]
     studies: Callable[[bool], dict[str, Study]] = field(default=lambda small: {})
     full: str = ""
+    before: Callable[[dict[str, Study], Run], object] = field(default=lambda studies, run: None)
 
 
 def interleaved(studies: Sequence[Study]) -> list[Cell]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pathlift.curvature import curvature
 from pathlift.experiments import catalogue
-from pathlift.experiments.architectures import widths_of
+from pathlift.experiments.architectures import width_ratio
 from pathlift.experiments.compare import LABELS
 from pathlift.experiments.exactness import (
     CONTINUOUS,
@@ -27,6 +27,7 @@ from pathlift.experiments.exactness import (
     compare,
     decide,
     fine,
+    one_network,
     rate_of,
     table,
 )
@@ -38,6 +39,8 @@ from pathlift.experiments.judging import (
     counts,
     distinct,
     misses,
+    network_of,
+    norm_of,
     sign_of,
     verdict_of,
 )
@@ -60,13 +63,12 @@ def _study(architecture: str, optimizer: str, rates: list[float], **settings: An
     given = {
         "methods": (NONE, CONTINUOUS, *_OWN.get(optimizer, FIRST)),
         "data": ("digits",),
-        "optimizers": (optimizer,),
-        "rates": rates,
         "seeds": range(5),
         "epochs": 20,
         **settings,
     }
-    return Study("network", {1.0: architecture}, given, None, 1.0)
+    (data,) = given.pop("data")
+    return one_network(architecture, data, optimizer, rates, **given)
 
 
 def contrasts() -> dict[str, Study]:
@@ -140,7 +142,6 @@ def stable_rate_factor(cell: Cell, place: Place) -> float:
 
 def entry(setting: Setting, cell: Cell, factor: float) -> dict[str, Any]:
     """What is known of a setting, before training (``factor``: of stable rates) and after."""
-    widths = widths_of(cell.architecture)
     base = setting.runs[NONE]
     return {
         "architecture": setting.architecture,
@@ -153,7 +154,7 @@ def entry(setting: Setting, cell: Cell, factor: float) -> dict[str, Any]:
         "samples": cell.samples,
         "seeds": len(setting.seeds),
         "rates": setting.rates,
-        "width_ratio": max(widths) / min(widths),
+        "width_ratio": width_ratio(cell.architecture),
         "imbalance_before": float(base.imbalance.mean()),
         "stable_rate_factor": factor,
         "baseline_rate": rate_of(setting, NONE),
@@ -236,7 +237,7 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
     )
     lines: list[Sequence[str]] = []
     for e in entries:
-        network = e["architecture"] + (", batch norm" if e["batch_norm"] else "")
+        network = network_of(e)
         for m in e["methods"].values():
             gains = [
                 shown(m[k]) if k in m else ""
@@ -309,11 +310,10 @@ def _sentences(entries: Sequence[dict[str, Any]]) -> list[str]:
         gain = m["own_best_rates"]
         signs = {1: "a gain", 0: "no difference shown", -1: "a loss", None: "too few seeds"}
         what = signs[gain["sign"]]
-        norm = ", batch norm" if e["batch_norm"] else ""
         miss = "" if gain["sign"] is None or not misses([e]) else " A miss."
         found.append(
-            f"{e['architecture']} on {e['data']}, {e['optimizer']}{norm}, continuous: {what} at "
-            f"own best rates ({shown(gain)}); imbalance {_fall(e, m, ' to ')}, best rate "
+            f"{e['architecture']} on {e['data']}, {e['optimizer']}{norm_of(e)}, continuous: {what} "
+            f"at own best rates ({shown(gain)}); imbalance {_fall(e, m, ' to ')}, best rate "
             f"{m['rate_ratio']:.2g} times the baseline's. The rule says {verdict_of(e)}.{miss}"
         )
     return found

@@ -161,11 +161,9 @@ def _equalized(
         group = infer_group(program)
     found = list(weights(model))
     with timed(seconds, "measure"):
-        names, times = (
-            names_of(found, group),
-            2 if asked.thorough or (asked.coarse and asked.further(found)) else 1,
-        )
-        measured = measure(model, program, found, names, batches, times)
+        longer = asked.thorough or (asked.coarse and asked.further(found))
+        names = names_of(found, group)
+        measured = measure(model, program, found, names, batches, 2 if longer else 1)
     with timed(seconds, "solve"):
         limits = bounds(program, group)
         result = search(found, group, measured, asked, limits)
