@@ -135,7 +135,7 @@ class Fakes(FakeTensorMode):
         plan = plan_of(func)
         if not self.known(plan.name):
             with _Parts(self.run):
-                result = taken_apart(func, plan, args, kwargs)
+                result = taken_apart(func, plan, args, kwargs, real=True)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)

@@ -14,6 +14,7 @@ from pathlift.capture.kernels import PARTS
 
 # Arguments of norms that hold running averages: an update leaves them what they are to the norm.
 _AVERAGES = frozenset({"running_mean", "running_var"})
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Plan:
     functional: Any
     aliases: bool
     composite: bool
+    compiled: bool
     seeded: bool
     reshaped: bool
     uninitialised: bool
@@ -48,9 +50,8 @@ def plan_of(func: Any) -> Plan:
     )
     functional = _functional(func, space, base, mutated) if mutated else func
     known = space == "aten" and functional is not None
-    composite = torch._C.DispatchKey.CompositeImplicitAutograd in func.py_kernels or (
-        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    )
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
+    composite = compiled or _COMPOSITE in func.py_kernels
     return Plan(
         name=base if known else full,
         full=full,
@@ -59,16 +60,27 @@ def plan_of(func: Any) -> Plan:
         functional=functional or func,
         aliases=composite or any(r.alias_info is not None for r in schema.returns),
         composite=composite,
+        compiled=compiled,
         seeded=torch.Tag.nondeterministic_seeded in func.tags,
         reshaped=torch.Tag.inplace_view in func.tags,
         uninitialised=base.startswith(("empty", "new_empty", "resize")),
     )
 
 
-def taken_apart(func: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call what an operation is composed of; NotImplemented if it can't be taken apart."""
+def taken_apart(
+    func: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], real: bool = False
+) -> Any:
+    """Call what an operation is composed of; NotImplemented if it can't be taken apart.
+
+    Args:
+        real: by the kernel that a model outside of a recording has. PyTorch's decompositions in
+            Python may choose other operations: for ``lstm`` in bfloat16 one that not every machine
+            has.
+    """
     if plan.name in PARTS:
         return PARTS[plan.name](*args, **kwargs)
+    if real and plan.compiled:
+        return func._op_dk(_COMPOSITE, *args, **kwargs)
     return func.decompose(*args, **kwargs) if plan.composite else NotImplemented
 
 
