@@ -86,6 +86,7 @@ def test_the_experiments_are_there() -> None:
         "exact",
         "when",
         "left-out",
+        "left-out-again",
         "scales",
         "cost",
     ]

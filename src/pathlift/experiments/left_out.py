@@ -26,6 +26,14 @@ from pathlift.verdict import VERDICTS
 
 FILE = "left-out-verdicts.json"
 _IMAGES = {"epochs": 5, "samples": 12_000, "held_out": False}
+_BY_DATA: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 20},
+    "mnist": _IMAGES,
+    "fashion-mnist": _IMAGES,
+    "cifar10": {**_IMAGES, "samples": 6_000},
+    "python-manual": {"samples": 1920, "batch": 16, "epochs": 2},
+}
+_EMBEDDED = ("digits", "python-manual")
 
 
 def _study(
@@ -35,97 +43,71 @@ def _study(
     rates: tuple[float, int, int],
     **settings: Any,
 ) -> Study:
-    given = {"methods": (NONE, CONTINUOUS, ENORM), "seeds": range(5), **settings}
+    given = {"methods": (NONE, CONTINUOUS, ENORM), "seeds": range(5)}
+    given |= {**_BY_DATA.get(data, {}), **settings}
     return one_network(architecture, data, optimizer, factor_two(*rates), **given)
+
+
+def _chosen(found: dict[str, Study], small: bool) -> dict[str, Study]:
+    """All; small: those on embedded data."""
+    return {s: v for s, v in found.items() if not small or v.grid["data"][0] in _EMBEDDED}
 
 
 def studies(small: bool) -> dict[str, Study]:
     """Networks, data and optimisers that no run behind the rule had together; small: embedded."""
-    kaiming = {"initialization": "kaiming-normal", "epochs": 20}
-    text = {"samples": 1920, "batch": 16, "epochs": 2}
+    kaiming, norm = {"initialization": "kaiming-normal"}, {"norm": True}
+    mnist, fashion, manual = "mnist", "fashion-mnist", "python-manual"
+    deep = "mlp:128-128-128-128-128-128"
     found = {
-        "-deep-kaiming": _study(
-            "mlp:" + "-".join(6 * ["128"]), "digits", "sgd", (0.1, 4, 3), **kaiming
-        ),
+        "-deep-kaiming": _study(deep, "digits", "sgd", (0.1, 4, 3), **kaiming),
         "-convolutional": _study("convolutional:16", "digits", "sgd", (0.1, 2, 3), **kaiming),
+        "-shallow-code": _study("autoencoder:256-32", mnist, "sgd", (2, 4, 3)),
+        "-wide-code": _study("autoencoder:512-128-32", fashion, "sgd", (1, 4, 3)),
+        "-narrow-code": _study("autoencoder:256-64-8", mnist, "sgd", (1, 4, 3)),
+        "-photographs": _study("mlp:512-32-512", "cifar10", "sgd", (0.1, 4, 3)),
+        "-bottleneck": _study("mlp:256-16-256", fashion, "sgd", (0.25, 4, 3)),
+        "-narrowing": _study("mlp:512-256-128-64", mnist, "sgd", (0.25, 4, 3)),
+        "-wide-middle": _study("mlp:32-512-32", mnist, "sgd", (0.25, 4, 3)),
+        "-equal": _study("mlp:256-256-256", fashion, "sgd", (0.25, 4, 3)),
+        "-norm-equal": _study("mlp:256-256-256", fashion, "sgd", (0.25, 4, 4), **norm),
+        "-norm-bottleneck": _study("mlp:512-32-512", mnist, "sgd", (0.5, 4, 4), **norm),
+        "-code-adam": _study("autoencoder:256-32", fashion, "adam", (0.002, 4, 3)),
+        "-bottleneck-adamw": _study("mlp:256-16-256", fashion, "adamw", (0.002, 4, 3)),
+        "-code-muon": _study("autoencoder:256-64-16", fashion, "muon", (0.008, 4, 3)),
+        "-code-momentum": _study("autoencoder:256-64-16", fashion, "momentum", (0.125, 4, 3)),
+        "-bottleneck-momentum": _study("mlp:256-16-256", mnist, "momentum", (0.05, 4, 3)),
+        # The slowest last.
+        "-wide-language": _study("transformer:64-1", manual, "adamw", (0.003, 4, 1)),
+        "-language-sgd": _study("transformer:32-2", manual, "sgd", (0.5, 3, 2)),
     }
-    language = {
-        "-wide-language": _study(
-            "transformer:64-1", "python-manual", "adamw", (0.003, 4, 1), **text
-        ),
-        "-language-sgd": _study("transformer:32-2", "python-manual", "sgd", (0.5, 3, 2), **text),
-    }
-    if small:
-        return found | language
-    mnist, fashion = "mnist", "fashion-mnist"
-    for suffix, architecture, data, optimizer, rates, more in (
-        ("-shallow-code", "autoencoder:256-32", mnist, "sgd", (2, 4, 3), {}),
-        ("-wide-code", "autoencoder:512-128-32", fashion, "sgd", (1, 4, 3), {}),
-        ("-narrow-code", "autoencoder:256-64-8", mnist, "sgd", (1, 4, 3), {}),
-        ("-photographs", "mlp:512-32-512", "cifar10", "sgd", (0.1, 4, 3), {"samples": 6_000}),
-        ("-bottleneck", "mlp:256-16-256", fashion, "sgd", (0.25, 4, 3), {}),
-        ("-narrowing", "mlp:512-256-128-64", mnist, "sgd", (0.25, 4, 3), {}),
-        ("-wide-middle", "mlp:32-512-32", mnist, "sgd", (0.25, 4, 3), {}),
-        ("-equal", "mlp:256-256-256", fashion, "sgd", (0.25, 4, 3), {}),
-        ("-norm-equal", "mlp:256-256-256", fashion, "sgd", (0.25, 4, 4), {"norm": True}),
-        ("-norm-bottleneck", "mlp:512-32-512", mnist, "sgd", (0.5, 4, 4), {"norm": True}),
-        ("-code-adam", "autoencoder:256-32", fashion, "adam", (0.002, 4, 3), {}),
-        ("-bottleneck-adamw", "mlp:256-16-256", fashion, "adamw", (0.002, 4, 3), {}),
-        ("-code-muon", "autoencoder:256-64-16", fashion, "muon", (0.008, 4, 3), {}),
-        ("-code-momentum", "autoencoder:256-64-16", fashion, "momentum", (0.125, 4, 3), {}),
-        ("-bottleneck-momentum", "mlp:256-16-256", mnist, "momentum", (0.05, 4, 3), {}),
-    ):
-        found[suffix] = _study(architecture, data, optimizer, rates, **{**_IMAGES, **more})
-    return found | language  # the slowest last
+    return _chosen(found, small)
 
 
 def studies_again(small: bool) -> dict[str, Study]:
     """A second set, left out of the rule that the first one changed; small: embedded."""
-    digits = {"epochs": 20}
+    kaiming, norm = {"initialization": "kaiming-normal"}, {"norm": True}
     mnist, fashion, photographs = "mnist", "fashion-mnist", "cifar10"
-    embedded = (
-        ("-convolutional-thin", "convolutional:12", "digits", "sgd", (0.1, 4, 2), digits),
-        (
-            *("-convolutional-norm", "convolutional:12", "digits", "sgd", (0.2, 3, 3)),
-            {"norm": True, **digits},
-        ),
-        ("-deep-bottleneck", "mlp:128-128-8-128-128", "digits", "sgd", (0.2, 4, 3), digits),
-    )
-    images = (
-        ("-code-middling", "autoencoder:384-128-24", fashion, "sgd", (1, 4, 3), {}),
-        ("-code-momentum-shallow", "autoencoder:128-32", mnist, "momentum", (0.25, 4, 3), {}),
-        ("-tight-bottleneck", "mlp:128-8-128", mnist, "sgd", (0.25, 4, 3), {}),
-        ("-tapering", "mlp:400-100-25", fashion, "sgd", (0.25, 4, 3), {}),
-        ("-wide-middle-momentum", "mlp:64-256-64", mnist, "momentum", (0.05, 4, 3), {}),
-        (
-            *("-code-kaiming", "autoencoder:200-50-20", mnist, "sgd", (1, 4, 3)),
-            {"initialization": "kaiming-normal"},
-        ),
-        ("-code-adamw-shallow", "autoencoder:128-32", mnist, "adamw", (0.002, 4, 3), {}),
-        ("-equal-adam", "mlp:256-256", fashion, "adam", (0.002, 4, 3), {}),
-        ("-norm-deep", "mlp:128-128-128-128", mnist, "sgd", (0.25, 4, 4), {"norm": True}),
-        ("-code-norm", "autoencoder:256-32", fashion, "sgd", (1, 4, 4), {"norm": True}),
-        ("-narrow-code-momentum", "autoencoder:256-32-4", fashion, "momentum", (0.125, 4, 3), {}),
-        ("-uneven", "mlp:512-64-512-64", mnist, "sgd", (0.25, 4, 3), {}),
-        (
-            *("-photographs-momentum", "mlp:256-32-256", photographs, "momentum", (0.02, 4, 3)),
-            {"samples": 6_000},
-        ),
-        (
-            "-photographs-code",
-            "autoencoder:256-32",
-            photographs,
-            "sgd",
-            (1, 4, 3),
-            {"samples": 6_000},
-        ),
-    )
-    found = {s: _study(a, d, o, rates, **more) for s, a, d, o, rates, more in embedded}
-    if small:
-        return found
-    for suffix, architecture, data, optimizer, rates, more in images:
-        found[suffix] = _study(architecture, data, optimizer, rates, **{**_IMAGES, **more})
-    return found
+    deep, thin = "mlp:128-128-128-128", "convolutional:12"
+    found = {
+        "-convolutional-thin": _study(thin, "digits", "sgd", (0.1, 4, 2)),
+        "-convolutional-norm": _study(thin, "digits", "sgd", (0.2, 3, 3), **norm),
+        "-deep-bottleneck": _study("mlp:128-128-8-128-128", "digits", "sgd", (0.2, 4, 3)),
+        "-code-middling": _study("autoencoder:384-128-24", fashion, "sgd", (1, 4, 3)),
+        "-code-momentum-shallow": _study("autoencoder:128-32", mnist, "momentum", (0.25, 4, 3)),
+        "-tight-bottleneck": _study("mlp:128-8-128", mnist, "sgd", (0.25, 4, 3)),
+        "-tapering": _study("mlp:400-100-25", fashion, "sgd", (0.25, 4, 3)),
+        "-wide-middle-momentum": _study("mlp:64-256-64", mnist, "momentum", (0.05, 4, 3)),
+        "-code-kaiming": _study("autoencoder:200-50-20", mnist, "sgd", (1, 4, 3), **kaiming),
+        "-code-adamw-shallow": _study("autoencoder:128-32", mnist, "adamw", (0.002, 4, 3)),
+        "-equal-adam": _study("mlp:256-256", fashion, "adam", (0.002, 4, 3)),
+        "-norm-deep": _study(deep, mnist, "sgd", (0.25, 4, 4), **norm),
+        "-code-norm": _study("autoencoder:256-32", fashion, "sgd", (1, 4, 4), **norm),
+        "-narrow-code-momentum": _study("autoencoder:256-32-4", fashion, "momentum", (0.125, 4, 3)),
+        "-uneven": _study("mlp:512-64-512-64", mnist, "sgd", (0.25, 4, 3)),
+        "-photographs-momentum": _study("mlp:256-32-256", photographs, "momentum", (0.02, 4, 3)),
+        "-photographs-code": _study("autoencoder:256-32", photographs, "sgd", (1, 4, 3)),
+    }
+    return _chosen(found, small)
 
 
 def told(study: Study, place: Place) -> Entry:
