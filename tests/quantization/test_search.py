@@ -129,12 +129,13 @@ def trials_of(format: str = "int4"):
     model, program, group = captured()
     exact = run(model, program.inputs)
     asked = Asked(True, "shrink", "keep", 0.5, True, FORMATS[format], "tensor")
-    return model, group, Trials(model, program, group, list(weights(model)), exact, asked, False)
+    before = copy.deepcopy(model.state_dict())
+    trials = Trials(model, program, group, list(weights(model)), exact, asked, False)
+    return model, group, trials, before
 
 
 def test_best_of_what_is_tried_is_applied() -> None:
-    model, group, trials = trials_of()
-    before = copy.deepcopy(model.state_dict())
+    model, group, trials, before = trials_of()
     drawn = np.random.default_rng(0).normal(size=(3, group.num_scales))
     limits = np.full(group.num_scales, -5.0), np.full(group.num_scales, 5.0)
     apply_best_(trials, list(drawn), limits, 4)
@@ -148,8 +149,7 @@ def test_best_of_what_is_tried_is_applied() -> None:
 
 
 def test_model_is_as_it_was_where_nothing_is_better() -> None:
-    model, group, trials = trials_of("int8")
-    before = copy.deepcopy(model.state_dict())
+    model, group, trials, before = trials_of("int8")
     limits = np.full(group.num_scales, -5.0), np.full(group.num_scales, 5.0)
     apply_best_(trials, [np.full(group.num_scales, 4.0)], limits, 0)
     assert not trials.scales.any() and len(trials.errors) == 2

@@ -35,12 +35,14 @@ class Format:
     steps: float
     relative: float = 0.0
 
-    def rounded(self, values: Tensor, axis: int | None = None) -> Tensor:
+    def rounded(self, values: Tensor, axis: int | None = None, out: Tensor | None = None) -> Tensor:
         """The values that the format can hold, in their own dtype.
 
         Args:
             values: any floating-point tensor.
             axis: one largest magnitude per slice along it; None: one for the whole tensor.
+            out: where they go, of the same shape and dtype (``values`` itself may be); None: into
+                a new tensor.
         """
         wide = values.detach().float() if values.dtype.itemsize < 4 else values.detach()
         others = [d for d in range(wide.dim()) if d != axis]
@@ -50,13 +52,17 @@ class Format:
         else:
             top = torch.maximum(-wide.amin(others, keepdim=True), wide.amax(others, keepdim=True))
             top = torch.where(top > 0, top, torch.ones_like(top))
+        there = out if out is not None and out.dtype == wide.dtype else torch.empty_like(wide)
         if self.relative:
             unit = top / _E4M3_LARGEST
-            found = (wide / unit).to(torch.float8_e4m3fn).to(wide.dtype) * unit
+            found = (wide / unit).to(torch.float8_e4m3fn).to(wide.dtype)
+            torch.mul(found, unit, out=there)
         else:
             step = top / self.steps
-            found = (wide / step).round_().mul_(step)
-        return found.to(values.dtype)
+            torch.div(wide, step, out=there).round_().mul_(step)
+        if out is None:
+            return there.to(values.dtype)
+        return out if there is out else out.copy_(there)
 
 
 FORMATS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pathlift.capture.names import check_model
 from pathlift.errors import unknown
-from pathlift.quantization.formats import Format, format_of
+from pathlift.quantization.formats import format_of
 
 Convolution = nn.modules.conv._ConvNd
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
@@ -91,8 +91,3 @@ def quantised(model: nn.Module, format: str = "int8", per: str = "tensor") -> nn
         for one in weights(made):
             one.parameter.copy_(chosen.rounded(one.parameter, one.axis(target)))
     return made
-
-
-def rounded_weights(found: Iterable[Weight], format: Format, per: str) -> dict[str, Tensor]:
-    """Name -> values of every weight, rounded."""
-    return {one.name: format.rounded(one.parameter, one.axis(per)) for one in found}

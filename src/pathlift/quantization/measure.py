@@ -8,7 +8,7 @@ at the output gives ``(d u.out / d theta_i)^2``, whose expectation over u is tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,18 +66,10 @@ def _running(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(values)
 
 
-def run(
-    model: nn.Module, inputs: Inputs, instead: Mapping[str, Tensor] | None = None
-) -> list[Tensor]:
-    """The floating-point tensors that the model returns; the model is left as it was.
-
-    ``instead``: values for some of its parameters.
-    """
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The floating-point tensors that the model returns; the model is left as it was."""
     with torch.no_grad(), _running(model):
-        if instead:
-            out = functional_call(model, dict(instead), inputs.args, inputs.kwargs)
-        else:
-            out = model(*inputs.args, **inputs.kwargs)
+        out = model(*inputs.args, **inputs.kwargs)
         return [t.detach().clone() for t in floats(out)]
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pathlift.capture.program import Inputs, Program
+from pathlift.capture.program import Program
 from pathlift.quantization.formats import Format
-from pathlift.quantization.layers import Weight, rounded_weights
+from pathlift.quantization.layers import Weight
 from pathlift.quantization.measure import layers_of, run, squared_error, watched
 from pathlift.quantization.search import Asked
 from pathlift.solve.matrix import Array
 from pathlift.symmetry.group import RescalingGroup
-from pathlift.tensors.rescale import Undo, rescale_
+from pathlift.tensors.rescale import check_memory, multiply_into_
 
 # Deviation of scales that are drawn close by, for one step; it falls with the root of the steps.
 _SPREAD = 0.1
@@ -35,23 +35,11 @@ def rounded_range(x: Tensor, format: Format) -> Tensor:
     return found * step
 
 
-def rounding_error(
-    model: nn.Module,
-    found: Sequence[Weight],
-    inputs: Inputs,
-    exact: Sequence[Tensor],
-    asked: Asked,
-    activations: bool,
-) -> float:
-    """Squared error of the outputs with the weights (and layers' inputs) rounded."""
-    rounded = rounded_weights(found, asked.format, asked.per)
-    layers = layers_of(found) if activations else []
-    with watched(layers, lambda _, x: rounded_range(x, asked.format)) if layers else nullcontext():
-        return squared_error(exact, run(model, inputs, rounded))
-
-
 class Trials:
-    """A model whose weights are multiplied by scales, to be rounded and run.
+    """A model whose weights are multiplied by scales, rounded in place, and run.
+
+    In place, because a model may reach a weight by other ways than its name. The model's tensors
+    are left rounded; :meth:`apply_` leaves them multiplied alone.
 
     Args:
         model, program, group: captured.
@@ -59,6 +47,9 @@ class Trials:
         exact: the outputs on the example inputs.
         asked: the format, and per what.
         activations: whether layers' inputs are rounded, too.
+
+    Raises:
+        ArgumentError: a weight's entries share their memory.
     """
 
     def __init__(
@@ -71,35 +62,52 @@ class Trials:
         asked: Asked,
         activations: bool,
     ) -> None:
-        self._error = partial(
-            rounding_error, model, found, program.inputs, exact, asked, activations
-        )
-        self._tensors = {**program.buffers, **program.parameters}
-        self._group = group
+        self._model, self._inputs, self._exact = model, program.inputs, exact
+        self._group, self._found, self._asked = group, found, asked
+        self._layers = layers_of(found) if activations else []
+        tensors = {**program.buffers, **program.parameters}
+        moved = {n: tensors[n] for n, spec in group.parameters.items() if spec.terms}
+        self._tensors = {
+            n: t.data for n, t in (moved | {w.name: w.parameter for w in found}).items()
+        }
+        for name, tensor in self._tensors.items():
+            check_memory(name, tensor)
+        self._kept = {n: t.clone() for n, t in self._tensors.items()}
         self.spread = _SPREAD / asked.format.steps**0.5
-        self._undo: Undo | None = None
         self.scales = np.zeros(group.num_scales)
-        self.error = self._error()
-        self.errors = [self.error]
-        self._applied = self.scales
+        self.errors: list[float] = []
+        self.error = math.inf
+        self._measure_(self.scales)
 
-    def put_(self, scales: Array) -> None:
-        """Have the model multiplied by these scales."""
-        if scales is self._applied:
-            return
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
-        if scales.any():
-            self._undo = rescale_(self._tensors, self._group.factors(scales))
-        self._applied = scales
+    def _put_(self, scales: Array) -> None:
+        """Have the model multiplied by these scales, and nothing else."""
+        factors = self._group.factors(scales) if scales.any() else {}
+        multiply_into_(self._tensors, self._kept, factors)
 
     def try_(self, scales: Array) -> None:
         """Measure; the best so far are kept in ``scales`` and ``error``."""
-        self.put_(scales)
-        self.errors.append(self._error())
+        self._put_(scales)
+        self._measure_(scales)
+
+    def _measure_(self, scales: Array) -> None:
+        """Round the model, which is multiplied by these scales, and run it."""
+        format = self._asked.format
+        for one in self._found:
+            values = one.parameter.data
+            format.rounded(values, one.axis(self._asked.per), out=values)
+        rounding = (
+            watched(self._layers, lambda _, x: rounded_range(x, format))
+            if self._layers
+            else nullcontext()
+        )
+        with rounding:
+            self.errors.append(squared_error(self._exact, run(self._model, self._inputs)))
         if self.errors[-1] < self.error:
             self.scales, self.error = scales, self.errors[-1]
+
+    def apply_(self) -> None:
+        """Multiply the model by the best scales so far."""
+        self._put_(self.scales)
 
 
 def apply_best_(
@@ -115,4 +123,4 @@ def apply_best_(
     for _ in range(draws):
         moved = trials.scales + trials.spread * generator.standard_normal(len(trials.scales))
         trials.try_(np.clip(moved, *limits))
-    trials.put_(trials.scales)
+    trials.apply_()

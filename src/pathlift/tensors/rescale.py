@@ -67,7 +67,7 @@ def rescale_(
             tensor.
     """
     for name in exponents:
-        _check_memory(name, tensors[name])
+        check_memory(name, tensors[name])
     exact = whole(exponents)
     if exact:
         known = known or extents({n: tensors[n] for n in exponents})
@@ -79,7 +79,7 @@ def rescale_(
     return multiply_all_([*targets, *(_target(t, e, power, False) for t, e, power in states)])
 
 
-def _check_memory(name: str, tensor: Tensor) -> None:
+def check_memory(name: str, tensor: Tensor) -> None:
     if any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ArgumentError(
             f"'{name}' is expanded: of its {tensor.numel()} entries several share one place in "
@@ -97,6 +97,22 @@ def whole(exponents: Mapping[str, Factors]) -> bool:
 def multiply_(tensor: Tensor, exponents: Factors, power: int = 1) -> None:
     """``tensor *= 2 ** (power * sum(exponents))``; exact for integer exponents."""
     multiply_all_([_target(tensor, exponents, power, False)])
+
+
+def multiply_into_(
+    tensors: Mapping[str, Tensor], source: Mapping[str, Tensor], exponents: Mapping[str, Factors]
+) -> None:
+    """``tensors[n] = source[n] * 2 ** sum(exponents[n])``; without exponents, what the source has.
+
+    Args:
+        tensors: name -> dense tensor; written.
+        source: name -> tensor of the same shape and dtype, in memory of its own.
+        exponents: log2 factors by name, float64, of shapes that broadcast.
+    """
+    targets = [Target(t, exponents.get(n, [])) for n, t in tensors.items()]
+    with torch.no_grad():
+        for name, target, factors in zip(tensors, targets, power_factors(targets), strict=True):
+            multiply_by_(target.tensor, factors, source[name])
 
 
 def _target(tensor: Tensor, exponents: Factors, power: int, exact: bool) -> Target:
@@ -211,31 +227,35 @@ def power_factors(targets: Sequence[Target]) -> list[list[Tensor]]:
     return found
 
 
-def multiply_by_(tensor: Tensor, factors: Sequence[Tensor]) -> None:
+def multiply_by_(tensor: Tensor, factors: Sequence[Tensor], source: Tensor | None = None) -> None:
     """Multiply by every factor in turn, in the factors' dtype, and round once.
 
     A piece that fits the cache is multiplied by all factors before the next one, so that memory is
     read and written once. If a piece fails, those before it are divided again (exact for powers of
     two that stay in range).
+
+    Args:
+        tensor: changed in place.
+        factors: broadcast to its shape.
+        source: what is multiplied, of the tensor's shape; None: the tensor itself.
     """
-    if not factors or not tensor.numel():
+    if not tensor.numel() or not (factors or source is not None):
         return
     if not tensor.dim():
-        tensor = tensor.view(1)
+        tensor, source = tensor.view(1), None if source is None else source.view(1)
     spread = [_spread(f.to(tensor.device), tensor) for f in factors]
     size = entries_at_a_time(tensor.device)
-    if tensor.numel() <= size:
-        _multiply_piece_(tensor, spread)
-        return
     rows = max(1, size // max(tensor[:1].numel(), 1))
     pieces = [slice(start, start + rows) for start in range(0, tensor.shape[0], rows)]
     done = 0
     try:
         for here in pieces:
+            if source is not None:
+                tensor[here].copy_(source[here])
             _multiply_piece_(tensor[here], [_rows(f, here) for f in spread])
             done += 1
     except BaseException:
-        for here in pieces[:done]:
+        for here in pieces[:done] if source is None else ():
             _multiply_piece_(tensor[here], [_rows(f, here).reciprocal() for f in spread])
         raise
 
@@ -245,6 +265,8 @@ def _rows(factor: Tensor, here: slice) -> Tensor:
 
 
 def _multiply_piece_(piece: Tensor, factors: Sequence[Tensor]) -> None:
+    if not factors:
+        return
     work = piece if factors[0].dtype == piece.dtype else piece.to(factors[0].dtype)
     for factor in factors:
         work = work.mul_(factor)
