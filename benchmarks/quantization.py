@@ -263,7 +263,7 @@ def page(data: dict[str, Any]) -> str:
     for setting in SETTINGS:
         lines += [f"### {setting[0].upper()}{setting[1:]}", "", *table(rows, setting), ""]
     lines += ["### Seconds", ""]
-    lines += ["CPU seconds of one call, medians over three seeds, all in one run.", ""]
+    lines += ["CPU seconds of one call, medians over the seeds, all in one run.", ""]
     # The other tools' call is the same whatever is rounded to what.
     lines += [*other_table(seconds_of(rows, own=False), "seconds", ".2f"), ""]
     lines += ["The calls here, by what is rounded to what:", ""]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import pathlift
 from pathlift.absorption import fold_captured_
 from pathlift.capture.model import capture
-from pathlift.quantization import equalize_, objective, search
+from pathlift.quantization import equalize_, objective, quantised, search
 from pathlift.quantization.descent import Curvature, descend
 from pathlift.quantization.formats import FORMATS
 from pathlift.quantization.layers import weights
@@ -187,3 +187,37 @@ def test_no_outputs_by_weights_is_an_error() -> None:
 
     with pytest.raises(pathlift.ArgumentError, match="no weight of the model reaches an output"):
         equalize_(Constant().eval(), torch.randn(2, 3))
+
+
+class ByOtherWays(nn.Module):
+    """Its weights are reached through a list, and one has a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(6, 12), nn.Linear(12, 5)
+        self.listed = [self.narrow.weight, self.wide.weight]
+        self.again = nn.Linear(12, 5, bias=False)
+        self.again.weight = self.wide.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(nn.functional.linear(x, self.listed[0], self.narrow.bias))
+        return nn.functional.linear(y, self.listed[1], self.wide.bias)
+
+
+def test_weights_reached_by_other_ways_are_rounded_and_scaled() -> None:
+    torch.manual_seed(0)
+    model, x = ByOtherWays().eval(), torch.randn(16, 6)
+    with torch.no_grad():
+        model.narrow.weight.mul_(torch.logspace(-2, 2, 12)[:, None])
+        exact = model(x)
+    before = copy.deepcopy(model)
+    before.listed = [before.narrow.weight, before.wide.weight]
+    report = equalize_(model, x)
+    assert report.measured_after > report.measured_before + 3
+    assert torch.allclose(model(x), exact, rtol=1e-4, atol=1e-4)
+    for one, measured in ((before, report.measured_before), (model, report.measured_after)):
+        rounded = quantised(one)
+        rounded.listed = [rounded.narrow.weight, rounded.wide.weight]
+        error = float((rounded(x) - exact).detach().double().square().sum())
+        power = float(exact.double().square().sum())
+        assert measured == pytest.approx(10 * np.log10(power / error), abs=0.5)

@@ -202,7 +202,8 @@ def search(
 
     none = np.zeros(group.num_scales)
     result = Found([], 0, 0, errors)
-    if not plain.total(none) > 0 or not len(none):
+    unscaled = plain.total(none)
+    if not unscaled > 0 or not len(none):
         return result
 
     def add(of: Errors, start: Array, stages: Sequence[tuple[float, int]] = STAGES) -> Array:
@@ -216,7 +217,7 @@ def search(
         scales = add(errors(scales), scales, STAGES[1:])
     else:
         scales = add(plain, none)
-        if plain.total(scales) >= plain.total(none):
+        if plain.total(scales) >= unscaled:
             result.scales.clear()
             return result
     if not asked.further(found):

@@ -66,10 +66,10 @@ class Trials:
         self._group, self._found, self._asked = group, found, asked
         self._layers = layers_of(found) if activations else []
         tensors = {**program.buffers, **program.parameters}
-        moved = {n: tensors[n] for n, spec in group.parameters.items() if spec.terms}
-        self._tensors = {
-            n: t.data for n, t in (moved | {w.name: w.parameter for w in found}).items()
-        }
+        moved = {n: tensors[n].data for n, spec in group.parameters.items() if spec.terms}
+        still = {w.name: w.parameter.data for w in found if w.name not in moved}
+        # What moves last: a weight that stays may be another name for its memory.
+        self._tensors = still | moved
         for name, tensor in self._tensors.items():
             check_memory(name, tensor)
         self._kept = {n: t.clone() for n, t in self._tensors.items()}
