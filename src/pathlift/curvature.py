@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pathlift.capture.by_name import check_by_name
 from pathlift.errors import ArgumentError
 
 Loss = Callable[[Any, Any], Tensor]
@@ -60,8 +61,9 @@ def curvature(
         tol: relative change of the eigenvalue at which the iteration ends.
 
     Raises:
-        ArgumentError: no batch, a batch that is no pair of tensors, no trainable parameter, or a
-            curvature that is not positive and finite.
+        ArgumentError: no batch, a batch that is no pair of tensors, no trainable parameter, one
+            that the model reaches by another way than its name, or a curvature that is not
+            positive and finite.
 
     >>> import torch
     >>> from pathlift.curvature import curvature
@@ -78,6 +80,7 @@ def curvature(
             "the model has no trainable parameter, so there is no curvature to measure. Pass it "
             "before freezing."
         )
+    check_by_name(model, (batches[0][0],))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         linear = [_Linear(model, parameters, batch, loss) for batch in batches]
         total = sum(part.samples for part in linear)

@@ -212,8 +212,15 @@ def test_weights_reached_by_other_ways_are_rounded_and_scaled() -> None:
         exact = model(x)
     before = copy.deepcopy(model)
     before.listed = [before.narrow.weight, before.wide.weight]
+    called = []
+    model.wide.weight.register_hook(lambda gradient: called.append(gradient))
+    model.narrow.bias.requires_grad_(False)
     report = equalize_(model, x)
     assert report.measured_after > report.measured_before + 3
+    assert all(np.isfinite(row.sqnr_before) for row in report.layers) and len(report.layers) == 2
+    model(x).sum().backward()
+    assert len(called) == 1  # by the call above alone, and still there
+    assert model.wide.weight.grad is not None and not model.narrow.bias.requires_grad
     assert torch.allclose(model(x), exact, rtol=1e-4, atol=1e-4)
     for one, measured in ((before, report.measured_before), (model, report.measured_after)):
         rounded = quantised(one)

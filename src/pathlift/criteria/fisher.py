@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from pathlift.capture.by_name import check_by_name
 from pathlift.capture.names import check_model, named_tensors, preserved
 from pathlift.capture.program import Program
 from pathlift.criteria.protocol import Criterion, Sink
@@ -39,7 +40,8 @@ def fisher(
         max_bytes: bound on the memory of the per-sample gradients.
 
     Raises:
-        ArgumentError: no batch, or a batch that is not a pair of tensors.
+        ArgumentError: no batch, a batch that is not a pair of tensors, or a parameter that the
+            model reaches by another way than its name.
 
     >>> import pathlift, torch
     >>> from torch import nn
@@ -86,6 +88,8 @@ def squared_gradients(
         model.eval()
         for batch in itertools.islice(batches, max_batches):
             x, y = _pair(batch)
+            if not count and len(x):
+                check_by_name(model, (x[:1],))
             for start in range(0, len(x), chunk):
                 part = slice(start, start + chunk)
                 gradients = per_sample(parameters, x[part], y[part])

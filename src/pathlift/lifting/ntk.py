@@ -20,6 +20,7 @@ from scipy.sparse import linalg as sparse_linalg
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pathlift.capture.by_name import check_by_name
 from pathlift.capture.inputs import as_inputs, tensors_in
 from pathlift.capture.names import check_model, named_tensors, preserved
 from pathlift.errors import ArgumentError
@@ -58,7 +59,8 @@ def ntk_spectrum(model: nn.Module, inputs: object, k: int | None = None) -> Tens
     Raises:
         ArgumentError: ``model``, ``inputs`` or ``k`` has the wrong type or value, there is no
             trainable parameter or no floating-point output, or the model draws random numbers
-            (dropout in train mode), so that it has no one Jacobian.
+            (dropout in train mode), so that it has no one Jacobian, or reaches a parameter by
+            another way than its name.
 
     >>> import pathlift, torch
     >>> from torch import nn
@@ -155,6 +157,7 @@ class _Batch:
                 "requires_grad on the parameters that count."
             )
         given = as_inputs(inputs)
+        check_by_name(model, given.args, given.kwargs)
         flat, spec = pytree.tree_flatten((given.args, given.kwargs))
         flat = [_wide(v) if isinstance(v, Tensor) else v for v in flat]
         positions = [i for i, v in enumerate(flat) if isinstance(v, Tensor)]

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from pathlift.capture.by_name import differentiable
 from pathlift.capture.inputs import tensors_in
 from pathlift.capture.program import Inputs, Program
 from pathlift.capture.shown import seed
@@ -128,8 +128,9 @@ def measure(
     entries = sum(program.parameters[n].numel() for n in names)
     samples = samples_of(program.inputs, program.graphs[0].batch, entries, times)
     generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad(), _running(model):
-        leaves = {n: program.parameters[n].detach().requires_grad_() for n in names}
+    # The parameters themselves: a model may reach them by other ways than their names.
+    leaves: dict[str, Tensor] = {n: program.parameters[n] for n in names}
+    with torch.enable_grad(), _running(model), differentiable(leaves.values()):
         for sample in samples:
             _add_sample(model, leaves, sample, generator, layers, measured)
     measured.power /= len(samples)
@@ -159,7 +160,7 @@ def _add_sample(
     found: Measured,
 ) -> None:
     with _inputs(layers) as seen:
-        out = floats(functional_call(model, dict(leaves), sample.args, sample.kwargs))
+        out = floats(model(*sample.args, **sample.kwargs))
     if not all(bool(torch.isfinite(t).all()) for t in out):
         raise ArgumentError(
             "the model's outputs on the example inputs are not all finite. Pass example inputs as "
