@@ -92,7 +92,7 @@ def test_unknown_names(name: str) -> None:
 
 
 def test_what_does_not_fit_is_named() -> None:
-    with pytest.raises(ArgumentError, match="an autoencoder reconstructs, the others classify"):
+    with pytest.raises(ArgumentError, match="a completion predicts numbers, the others"):
         build("mlp:8", FLAT.reconstruction())
     with pytest.raises(ArgumentError, match="a transformer reads text"):
         build("mlp:8", TEXT)

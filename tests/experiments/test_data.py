@@ -16,7 +16,7 @@ import torch
 
 from pathlift.errors import ArgumentError, PathliftError
 from pathlift.experiments import data as module
-from pathlift.experiments.data import load
+from pathlift.experiments.data import Data, load
 from pathlift.experiments.image_files import DataError, read_idx
 
 
@@ -324,3 +324,15 @@ def test_text_is_a_piece_and_what_comes_next() -> None:
     letters = "\n" + "".join(map(chr, range(32, 127)))
     text = "".join(letters[k] for k in whole.inputs.flatten().tolist())
     assert whole.classes == len(letters) and "statement" in text and text.count("?") < 1000
+
+
+def test_halves_of_images() -> None:
+    images = torch.arange(2 * 3 * 4 * 2.0).view(2, 3, 4, 2)
+    half = Data("images", images, torch.zeros(2, dtype=torch.int64), 10).completion()
+    assert half.kind == "regression" and half.outputs == half.inputs.shape[1] == 12
+    assert half.targets is not None
+    assert torch.equal(half.inputs[1].view(3, 2, 2), images[1, :, :2])
+    assert torch.equal(half.targets[1].view(3, 2, 2), images[1, :, 2:])
+    flat = Data("flat", images.flatten(1), None).completion()
+    assert flat.targets is not None
+    assert torch.equal(torch.cat([flat.inputs, flat.targets], 1), images.flatten(1))

@@ -12,7 +12,7 @@ import torch
 
 from pathlift.cli import main
 from pathlift.experiments import reproduce
-from pathlift.experiments.architectures import build
+from pathlift.experiments.architectures import build, data_for
 from pathlift.experiments.data import Data
 from pathlift.experiments.reproduce import EXPERIMENTS, Run, stem_of, write, write_index
 from pathlift.experiments.store import Store
@@ -70,7 +70,7 @@ def test_every_cell_can_be_built(name: str, small: bool) -> None:
         if largest.data == "python-manual":
             inputs = inputs.long()
         data = Data(largest.data, inputs, torch.zeros(2).long(), classes)
-        data = data.reconstruction() if largest.architecture.startswith("auto") else data
+        data = data_for(largest.architecture, data)
         network = build(largest.architecture, data, batch_norm=largest.norm)
         assert network(data.inputs).shape[0] == 2
 

@@ -236,3 +236,13 @@ def test_engines_that_do_not_exist_are_named(tmp_path: Path) -> None:
         grid([], ["mlp:8"], ["digits"], ["sgd"], [0.1], [0], epochs=1)
     with pytest.raises(ArgumentError, match="method 'magic' is unknown. Supported: 'baseline'"):
         sweep([replace(CELL, method="magic")], Store(tmp_path), progress=_quiet)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_network_that_completes_images_learns(optimizer: str) -> None:
+    """The loss is the mean squared error of the other half of the image."""
+    methods = ("baseline", "path-continuous")
+    rates = [1.0 if optimizer == "sgd" else 0.01]
+    cells = grid(methods, ["completion:16-4"], ["digits"], [optimizer], rates, range(1), epochs=8)
+    for row in run_job(tuple(cells), Place()):
+        assert 0.1 < row["loss"][-1] < 0.9 * row["loss"][0] < 1.5, row["method"]

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from pathlift.experiments import when
-from pathlift.experiments.architectures import build, widths_of
+from pathlift.experiments.architectures import build, data_for, widths_of
 from pathlift.experiments.data import load
 from pathlift.experiments.study import Run
 from pathlift.experiments.summary import Runs, Setting
@@ -63,7 +63,7 @@ def test_a_setting_that_diverges_has_no_number_in_the_json() -> None:
 )
 def test_widths_are_those_of_the_network(name: str) -> None:
     data = load("digits")
-    model = build(name, data.reconstruction() if name.startswith("auto") else data)
+    model = build(name, data_for(name, data))
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     outputs = [m.weight.shape[0] for m in layers[:-1]]
     assert set(widths_of(name)) == set(outputs)
@@ -75,7 +75,7 @@ def test_every_contrast_can_be_built_and_small_needs_no_files() -> None:
     for study in contrasts().values():
         cell = study.cells()[0]
         data = load(cell.data)
-        data = data.reconstruction() if cell.architecture.startswith("auto") else data
+        data = data_for(cell.architecture, data)
         build(cell.architecture, data, batch_norm=cell.norm)
     assert {c.data for s in studies(True).values() for c in s.cells()} == {
         "digits",

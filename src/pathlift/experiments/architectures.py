@@ -109,6 +109,14 @@ def fully_convolutional(
     return nn.Sequential(*layers, nn.Conv2d(fan_in, num_classes, 1), _Global())
 
 
+def data_for(name: str, data: Data) -> Data:
+    """The data for what a network of a name does: reconstruct, complete or classify."""
+    task = _TASKS.get(name.partition(":")[0])
+    if task is None:
+        return data
+    return data.reconstruction() if task == "reconstruction" else data.completion()
+
+
 def widths_of(name: str) -> list[int]:
     """Channels of the hidden layers of a name that :func:`build` knows."""
     kind, _, text = name.partition(":")
@@ -143,9 +151,11 @@ def build(
 
     Args:
         name: ``"mlp:64-32"`` (hidden widths), ``"autoencoder:128-32-8"`` (widths down to the code,
-            mirrored), ``"convolutional:128"`` or ``"resnet18:64"`` (width of the first layers), or
-            ``"transformer:32-2"`` (width and layers), for text. Inputs are flattened for the first
-            two, and made square one-channel images of for the next two where they are flat.
+            mirrored), ``"completion:128-32"`` (hidden widths of a network from half an image to
+            the other half), ``"convolutional:128"`` or ``"resnet18:64"`` (width of the first
+            layers), or ``"transformer:32-2"`` (width and layers), for text. Inputs are flattened
+            for the first three, and made square one-channel images of for the next two where they
+            are flat.
         data: gives the sizes of inputs and outputs.
         batch_norm: put batch norm in front of every hidden ReLU (ResNet-18 has it anyway).
         initialization: ``"pytorch"`` (the modules' own) or ``"kaiming-normal"`` (weights of
@@ -165,15 +175,15 @@ def build(
     if wrong:
         raise ArgumentError(
             f"architecture {name!r} is unknown. Supported: mlp:64-32 (hidden widths), "
-            f"autoencoder:128-32-8 (widths down to the code), convolutional:16, resnet18:8 "
-            f"(width), transformer:32-2 (width and layers)."
+            f"autoencoder:128-32-8 (widths down to the code), completion:128-32 (hidden widths), "
+            f"convolutional:16, resnet18:8 (width), transformer:32-2 (width and layers)."
         )
     if initialization not in INITIALIZATIONS:
         raise unknown("initialization", initialization, INITIALIZATIONS)
-    if (kind == "autoencoder") != (data.kind == "reconstruction"):
+    if _TASKS.get(kind, "classification") != data.kind:
         raise ArgumentError(
             f"architecture {name!r} does not fit data {data.name!r}, whose task is {data.kind}: "
-            f"an autoencoder reconstructs, the others classify."
+            f"an autoencoder reconstructs, a completion predicts numbers, the others classify."
         )
     if (kind == "transformer") == data.inputs.is_floating_point():
         raise ArgumentError(
@@ -190,17 +200,16 @@ def build(
 
 
 IMAGE_KINDS = ("convolutional", "resnet18")
-_KINDS = ("mlp", "autoencoder", *IMAGE_KINDS, "transformer")
+_TASKS = {"autoencoder": "reconstruction", "completion": "regression"}
+_KINDS = ("mlp", *_TASKS, *IMAGE_KINDS, "transformer")
 
 
 def _flat_network(
     kind: str, sizes: list[int], shape: tuple[int, ...], data: Data, batch_norm: bool
 ) -> nn.Module:
     features = math.prod(shape)
-    widths = [features, *sizes, data.classes]
-    if kind == "autoencoder":
-        widths = [features, *sizes, *sizes[-2::-1], features]
-    network = mlp(widths, batch_norm)
+    hidden = [*sizes, *sizes[-2::-1]] if kind == "autoencoder" else sizes
+    network = mlp([features, *hidden, data.outputs], batch_norm)
     return network if len(shape) == 1 else nn.Sequential(nn.Flatten(), *network)
 
 

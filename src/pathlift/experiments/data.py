@@ -36,9 +36,9 @@ class Data:
         name: of the set.
         inputs: (N, *shape), floating point, about zero mean and unit mean square; of text
             (N, T) int64 characters.
-        targets: (N,) int64 classes (of text (N, T), the next characters), or None: the inputs are
-            to be reconstructed.
-        classes: number of classes; 0 for reconstruction.
+        targets: (N,) int64 classes (of text (N, T), the next characters), (N, outputs) numbers to
+            be predicted, or None: the inputs are to be reconstructed.
+        classes: number of classes; 0 without.
     """
 
     name: str
@@ -48,8 +48,17 @@ class Data:
 
     @property
     def kind(self) -> str:
-        """``"classification"`` or ``"reconstruction"``."""
-        return "reconstruction" if self.targets is None else "classification"
+        """``"classification"``, ``"regression"`` or ``"reconstruction"``."""
+        if self.targets is None:
+            return "reconstruction"
+        return "regression" if self.targets.is_floating_point() else "classification"
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers are to be given for a sample."""
+        if self.kind == "classification":
+            return self.classes
+        return (self.inputs if self.targets is None else self.targets)[0].numel()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,6 +69,12 @@ class Data:
     def reconstruction(self) -> Data:
         """The same inputs, flat and without their classes: (N, features)."""
         return Data(self.name, self.inputs.flatten(1), None)
+
+    def completion(self) -> Data:
+        """The lower half of every image from the upper one, both flat: (N, features / 2)."""
+        images = self.inputs if self.inputs.dim() > 2 else self.inputs[:, :, None]
+        upper, lower = (half.flatten(1) for half in images.chunk(2, dim=-2))
+        return Data(self.name, upper, lower)
 
     def to(self, device: torch.device | str) -> Data:
         """The same on a device."""

@@ -30,7 +30,7 @@ def facts_of_entry(entry: Entry) -> Facts:
         0.0 if before is None or math.isnan(before) else before,
         0.0 if after is None or math.isnan(after) else after,
         entry["width_ratio"],
-        (features if kind == "autoencoder" else classes) / min(widths),
+        {"autoencoder": features, "completion": features // 2}.get(kind, classes) / min(widths),
         batch_norms=1.0 if entry["batch_norm"] or kind == "resnet18" else 0.0,
         attention=kind == "transformer",
         convolutions=1.0 if kind in ("convolutional", "resnet18") else 0.0,

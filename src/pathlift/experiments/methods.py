@@ -201,7 +201,7 @@ def first_powers(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
 
 def loss_of(data: Data) -> Callable[[Any, Any], Tensor]:
     """The training loss of the data's task."""
-    return mse_loss if data.kind == "reconstruction" else cross_entropy
+    return cross_entropy if data.kind == "classification" else mse_loss
 
 
 def _pairs(data: Data) -> tuple[Tensor, Tensor]:

@@ -117,8 +117,8 @@ class Batches:
 
 def scores(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Loss and share of correct answers (0 without classes) of every run, each (R,)."""
-    if kind == "reconstruction":
-        loss = (out - x).square().flatten(1).mean(1)
+    if kind != "classification":
+        loss = (out - (x if y is None else y)).square().flatten(1).mean(1)
         return loss, torch.zeros_like(loss, requires_grad=False)
     assert y is not None
     # Classes in the middle: a softmax over ten neighbours in memory is several times slower.
@@ -129,7 +129,9 @@ def scores(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor,
 
 def score(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same for one run."""
-    if kind == "reconstruction":
-        return (out - x).square().mean(), torch.zeros((), dtype=out.dtype, device=out.device)
+    if kind != "classification":
+        return (out - (x if y is None else y)).square().mean(), torch.zeros(
+            (), dtype=out.dtype, device=out.device
+        )
     assert y is not None
     return cross_entropy(out, y), (out.detach().argmax(1) == y).to(out.dtype).mean()

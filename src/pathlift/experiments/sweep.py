@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pathlift.errors import ArgumentError
-from pathlift.experiments.architectures import IMAGE_KINDS, build
+from pathlift.experiments.architectures import IMAGE_KINDS, build, data_for
 from pathlift.experiments.data import Data, load
 from pathlift.experiments.methods import Start, method_named, start
 from pathlift.experiments.optional import need
@@ -303,10 +303,7 @@ def cell_data(cell: Cell, place: Place) -> tuple[Data, Data | None]:
     """Training set and test set (None if nothing is held out), in main memory."""
 
     def one(split: str) -> Data:
-        data = _loaded(cell.data, place.root, split, place.download)
-        if cell.architecture.startswith("autoencoder"):
-            data = data.reconstruction()
-        return data
+        return data_for(cell.architecture, _loaded(cell.data, place.root, split, place.download))
 
     data = one("train" if cell.held_out else "all").first(cell.samples)
     return data, one("test") if cell.held_out else None
