@@ -25,7 +25,10 @@ SMALL_FALL = 0.05
 # Widest hidden layer over narrowest, from which on widths count as changing.
 CHANGING = 2.0
 # The same, from which on a code is so narrow that few paths share most of their weights.
-NARROW = 32.0
+NARROW = 64.0
+# Widest output over narrowest layer, from which on a layer counts as narrower than the outputs, and
+# from which on so much so that Adam's steps of one size don't make up for it.
+WIDER, WIDE = 2.0, 16.0
 # Norms per weight tensor, from which on a network counts as normalised.
 NORMALISED = 0.25
 # Share of weights with more than two axes, from which on a network counts as convolutional.
@@ -131,17 +134,20 @@ def _normalised(facts: Facts) -> Finding | None:
 def _behind_batch_norms(facts: Facts) -> Finding | None:
     if facts.batch_norms < NORMALISED or facts.convolutions >= CONVOLUTIONAL:
         return None
+    brief = "batch norms divide a scale out again"
     if facts.width_ratio < CHANGING:
         return Finding(
             DONT,
-            "batch norms divide a scale out again",
+            brief,
             "Batch norms divide a scale out again, which the path kernel does not see: behind them "
             "networks of equal widths ended 35% (digits), 42% (CIFAR-10) and 4% (Fashion-MNIST) "
             "higher.",
         )
+    if facts.optimizer in ("adaptive", "muon") or facts.fall < SMALL_FALL:
+        return Finding(NOTHING, brief, "Batch norms divide a scale out again.")
     return Finding(
-        NOTHING,
-        "batch norms divide a scale out again",
+        LIKELY,
+        f"widths change {facts.width_ratio:.3g} times behind batch norms: search the rate again",
         "Batch norms divide a scale out again, so that what changes most is the rate that is "
         "needed: a classifier with a bottleneck ended 36% lower at 5.1 times its old best rate and "
         "67% higher at the old one, another 10% lower at 2 times its old best rate.",
@@ -149,7 +155,7 @@ def _behind_batch_norms(facts: Facts) -> Finding | None:
 
 
 def _adaptive(facts: Facts) -> Finding | None:
-    if facts.optimizer == "adaptive":
+    if facts.optimizer == "adaptive" and not WIDE <= facts.output_ratio < math.inf:
         return Finding(
             NOTHING,
             "Adam and its kin balance by themselves",
@@ -226,10 +232,10 @@ def _narrow(facts: Facts) -> Finding | None:
 
 
 def _few_outputs(facts: Facts) -> Finding | None:
-    if facts.output_ratio < 1.0:
+    if facts.output_ratio < WIDER:
         return Finding(
             NOTHING,
-            "no layer is narrower than the outputs",
+            "no layer is much narrower than the outputs",
             f"Widths change {facts.width_ratio:.3g} times, but no layer is narrower than the "
             f"outputs, as with most classifiers: of seven such settings with SGD two ended lower "
             f"(38% and 5%), each at its own best rate, five showed no difference and none ended "

@@ -87,6 +87,7 @@ def test_the_experiments_are_there() -> None:
         "when",
         "left-out",
         "left-out-again",
+        "left-out-third",
         "scales",
         "cost",
     ]
