@@ -1,24 +1,106 @@
-"""Settings that were told before they were trained, as docs/reproduced has them."""
+"""Every setting that was trained, as docs/reproduced has it, with what is known before."""
 
 from __future__ import annotations
 
 import csv
+import json
 import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
-FILE = Path(__file__).parents[1] / "docs" / "reproduced" / "left-out.csv"
+from pathlift.experiments.exactness import CONTINUOUS, ENORM
+from pathlift.experiments.judging import FIXED, OWN, distinct, facts_of_entry, network_of
+from pathlift.verdict import Facts, judged
+
+FOLDER = Path(__file__).parents[1] / "docs" / "reproduced"
+# The sets that were told before they were trained.
+TOLD = ("left-out", "left-out-again", "left-out-third")
+# Percent of the baseline's loss, and its sign; None: not measured.
+Gain = tuple[int, int] | None
 
 
-def told() -> list[dict[str, str]]:
-    """One row per setting."""
-    with FILE.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+class Setting(NamedTuple):
+    """A setting, its gains at own best rates and at the baseline's, and its best rate's change.
+
+    ``told``: the verdict that was written down before; empty where there is none. ``behind``: the
+    experiment.
+    """
+
+    network: str
+    data: str
+    optimizer: str
+    facts: Facts
+    behind: str
+    told: str
+    own: Gain
+    old: Gain
+    enorm: Gain
+    enorm_old: Gain
+    ratio: float
+
+    @property
+    def now(self) -> str:
+        """What the rule says today."""
+        return judged(self.facts).verdict
+
+    @property
+    def sign(self) -> int:
+        assert self.own is not None
+        return self.own[1]
 
 
-def gain(row: dict[str, str], column: str = "gain, continuous") -> tuple[int, int]:
-    """Percent and sign of a cell like ``+18% [+17%, +19%]``; a loss where it diverged."""
-    if row[column] == "diverged":
+@cache
+def settings() -> tuple[Setting, ...]:
+    """All with enough seeds for a sign; of equal ones in when.json that with the most."""
+    return (*_when(), *_told())
+
+
+def told(name: str = "") -> list[Setting]:
+    """Those that were told before they were trained: of one set, or of all."""
+    return [s for s in settings() if s.behind == name or (not name and s.behind in TOLD)]
+
+
+def _when() -> Iterator[Setting]:
+    for entry in distinct(json.loads((FOLDER / "when.json").read_text(encoding="utf-8"))):
+        of = entry["methods"]
+        gains = [_of_json(of.get(m, {}).get(r)) for m in (CONTINUOUS, ENORM) for r in (OWN, FIXED)]
+        ratio = of[CONTINUOUS]["rate_ratio"]
+        what = network_of(entry), entry["data"], entry["optimizer"]
+        yield Setting(*what, facts_of_entry(entry), "when", "", *gains, ratio)
+
+
+def _of_json(found: dict[str, Any] | None) -> Gain:
+    if not found or found.get("sign") is None:
+        return None
+    share = found.get("gain")
+    return (-100 if share is None else round(100 * share)), found["sign"]
+
+
+def _told() -> Iterator[Setting]:
+    entries = json.loads((FOLDER / "left-out-verdicts.json").read_text(encoding="utf-8")).values()
+    by_name = {(network_of(e), e["data"], e["optimizer"]): e for e in entries}
+    columns = (
+        *("gain, continuous", "continuous, old rate"),
+        *("gain, ENorm", "ENorm, old rate"),
+    )
+    for name in TOLD:
+        with (FOLDER / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["right"] == "too few seeds":
+                    continue
+                what = row["network"], row["data"], row["optimizer"]
+                gains = [_of_text(row[c]) for c in columns]
+                ratio = float(row["best rate / baseline's"])
+                facts = facts_of_entry(by_name[what])
+                yield Setting(*what, facts, name, row["verdict"], *gains, ratio)
+
+
+def _of_text(cell: str) -> Gain:
+    """Of a cell like ``+18% [+17%, +19%]``; a loss where it diverged."""
+    if cell == "diverged":
         return -100, -1
-    share, *ends = map(int, re.findall(r"[-+]\d+(?=%)", row[column]))
+    share, *ends = map(int, re.findall(r"[-+]\d+(?=%)", cell))
     low, high = ends or (0, 0)
     return share, 1 if low > 0 else -1 if high < 0 else 0
