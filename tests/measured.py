@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pathlift.experiments.exactness import CONTINUOUS, ENORM
 from pathlift.experiments.judging import FIXED, OWN, distinct, facts_of_entry, network_of
-from pathlift.verdict import Facts, judged
+from pathlift.verdict import CHANGING, NARROW, WIDER, Facts, judged
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reproduced"
 # The sets that were told before they were trained.
@@ -47,14 +47,48 @@ class Setting(NamedTuple):
 
     @property
     def sign(self) -> int:
+        """Of the gain at own best rates."""
         assert self.own is not None
         return self.own[1]
+
+    @property
+    def kind(self) -> str:
+        """Of the network: which part of the rule it falls under."""
+        facts = self.facts
+        if facts.attention:
+            return "attention"
+        if facts.convolutions:
+            return "convolutional, norms" if facts.batch_norms else "convolutional"
+        changing = "changing" if facts.width_ratio >= CHANGING else "equal"
+        if facts.batch_norms:
+            return f"norms, {changing}"
+        if facts.output_ratio < WIDER or changing == "equal":
+            return f"few outputs, {changing}" if facts.output_ratio < WIDER else "wide, equal"
+        return "wide, narrow" if facts.width_ratio >= NARROW else "wide"
 
 
 @cache
 def settings() -> tuple[Setting, ...]:
     """All with enough seeds for a sign; of equal ones in when.json that with the most."""
     return (*_when(), *_told())
+
+
+def of(kind: str, *optimizers: str) -> list[Setting]:
+    """The settings of a kind, with these kinds of optimisers (none: SGD, also with momentum)."""
+    wanted = optimizers or ("sgd",)
+    return [s for s in settings() if s.kind == kind and s.facts.optimizer in wanted]
+
+
+def shares(found: Sequence[Setting], column: str, sign: int = 1) -> list[int]:
+    """Sorted sizes, in percent, of the gains (-1: losses) in a column."""
+    gains = [getattr(s, column) for s in found]
+    return sorted(abs(g[0]) for g in gains if g and g[1] == sign)
+
+
+def signs(found: Sequence[Setting], column: str = "own") -> tuple[int, int, int]:
+    """How many gained, showed no difference, lost."""
+    gains = [g[1] for g in (getattr(s, column) for s in found) if g]
+    return gains.count(1), gains.count(0), gains.count(-1)
 
 
 def told(name: str = "") -> list[Setting]:
