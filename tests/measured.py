@@ -16,7 +16,7 @@ from pathlift.verdict import CHANGING, NARROW, WIDER, Facts, judged
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reproduced"
 # The sets that were told before they were trained.
-TOLD = ("left-out", "left-out-again", "left-out-third")
+TOLD = ("left-out", "left-out-again", "left-out-third", "left-out-fourth")
 # Percent of the baseline's loss, and its sign; None: not measured.
 Gain = tuple[int, int] | None
 
@@ -62,8 +62,8 @@ class Setting(NamedTuple):
         changing = "changing" if facts.width_ratio >= CHANGING else "equal"
         if facts.batch_norms:
             return f"norms, {changing}"
-        if facts.output_ratio < WIDER or changing == "equal":
-            return f"few outputs, {changing}" if facts.output_ratio < WIDER else "wide, equal"
+        if facts.output_ratio < WIDER:
+            return f"few outputs, {changing}"
         return "wide, narrow" if facts.width_ratio >= NARROW else "wide"
 
 

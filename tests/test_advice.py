@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from measured import gain, told
+from measured import of, shares, signs
 from pathlift.advice import RATE_RATIOS, advise, judge
 from pathlift.condition import condition_
 from pathlift.errors import ArgumentError
@@ -20,6 +20,7 @@ from pathlift.verdict import DONT, LIKELY, NOTHING, Facts
 
 WHEN = Path(__file__).parents[1] / "docs" / "reproduced" / "when.json"
 GOOD = Facts(100, 0.7, 0.2, 16.0, optimizer="sgd")
+NORMS = replace(GOOD, batch_norms=1.0)
 
 
 def test_remarks_say_what_is_odd() -> None:
@@ -31,49 +32,37 @@ def test_remarks_say_what_is_odd() -> None:
 def test_the_rate_follows_the_verdict_and_the_optimiser() -> None:
     assert "search again, from an eighth to twice" in judge(GOOD).rate
     assert judge(GOOD).rate_ratio == RATE_RATIOS["sgd"]
-    adam = judge(replace(GOOD, optimizer="adaptive"))
-    assert "0.5 to 1 times" in adam.rate and adam.rate_ratio == RATE_RATIOS["adaptive"]
+    for ratio, start in (
+        (8.0, "as without conditioning. If you"),
+        (30.0, "search again: with Adam"),
+    ):
+        adam = judge(replace(GOOD, optimizer="adaptive", output_ratio=ratio))
+        assert adam.rate.startswith(start) and adam.rate_ratio == RATE_RATIOS["adaptive"]
+    assert judge(NORMS).rate_ratio == RATE_RATIOS["norms"]
+    assert judge(NORMS).rate.startswith("search again, from half")
     muon = judge(replace(GOOD, optimizer="muon"))
     assert muon.rate == "as without conditioning." and muon.rate_ratio is None
 
 
 def test_rates_are_the_measured_ones() -> None:
-    """Of continuous scales, without norms; and what ENorm gained at the old best rate."""
-    entries = [
-        e
-        for e in json.loads(WHEN.read_text(encoding="utf-8"))
-        if not e["batch_norm"] and not e["architecture"].startswith("transformer")
-    ]
+    """Of continuous scales; and what ENorm gained at the old best rate."""
+    plain = ("wide", "wide, narrow", "wide, equal", "few outputs, changing", "few outputs, equal")
+    norms = ("norms, changing", "norms, equal")
     for kind, (low, high) in RATE_RATIOS.items():
-        names = ("sgd",) if kind == "sgd" else ("adam", "adamw")
-        found = [
-            e["methods"]["path-continuous"]["rate_ratio"]
-            for e in entries
-            if e["optimizer"] in names
-            and e["methods"]["path-continuous"]["own_best_rates"]["gain"] is not None
-        ]
-        found += [
-            float(r["best rate / baseline's"])
-            for r in told()
-            if r["optimizer"] in names and "norm" not in r["network"]
-            if not r["network"].startswith("transformer")
-        ]
-        assert [round(min(found), 2), round(max(found), 2)] == [low, high]
-    signs, gains = [], []
-    for e in entries:
-        found = e["methods"].get("enorm-continuous")
-        if found and e["optimizer"] == "sgd" and e["architecture"].startswith("auto"):
-            signs.append(found["baseline_best_rate"]["sign"])
-            gains.append(round(100 * found["baseline_best_rate"]["gain"]))
-    for r in told():
-        if r["optimizer"] in ("sgd", "momentum") and r["network"].startswith("auto"):
-            share, sign = gain(r, "ENorm, old rate")
-            signs.append(sign)
-            gains.append(share)
-    assert sorted(signs) == [0] * 3 + [1] * 7
-    shares = [g for g, sign in zip(gains, signs, strict=True) if sign == 1]
-    assert (min(shares), max(shares)) == (3, 18)
-    assert "seven of ten autoencoders ended 3% to 18% lower" in judge(GOOD).rate
+        optimizer = "adaptive" if kind == "adaptive" else "sgd"
+        kinds = norms if kind == "norms" else plain
+        found = [round(s.ratio, 2) for name in kinds for s in of(name, optimizer)]
+        assert (min(found), max(found)) == (low, high), kind
+    wide = [s for s in of("wide") if s.enorm_old is not None]
+    gained = shares(wide, "enorm_old")
+    assert signs(wide, "enorm_old")[2] == 0
+    assert (
+        f"{len(gained)} of {len(wide)} networks with wide outputs ended {gained[0]}% to "
+        f"{gained[-1]}% lower"
+    ) in judge(GOOD).rate
+    behind = of("norms, changing")
+    lost = signs(behind, "old")[2]
+    assert f"{lost} of {len(behind)} networks ended higher" in judge(NORMS).rate
 
 
 def test_batch_norms_want_a_batch() -> None:

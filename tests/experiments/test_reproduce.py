@@ -88,6 +88,7 @@ def test_the_experiments_are_there() -> None:
         "left-out",
         "left-out-again",
         "left-out-third",
+        "left-out-fourth",
         "scales",
         "cost",
     ]
