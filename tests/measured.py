@@ -126,6 +126,8 @@ def _told() -> Iterator[Setting]:
                     continue
                 what = row["network"], row["data"], row["optimizer"]
                 gains = [_of_text(row[c]) for c in columns]
+                sign = {"gain": 1, "no difference": 0, "loss": -1}[row["seen"]]
+                gains[0] = gains[0] and (gains[0][0], sign)  # an end may round to 0
                 ratio = float(row["best rate / baseline's"])
                 facts = facts_of_entry(by_name[what])
                 yield Setting(*what, facts, name, row["verdict"], *gains, ratio)

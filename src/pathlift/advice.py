@@ -36,7 +36,7 @@ _BATCHES = 4
 # Best rate with continuous scales over that without: the smallest and the largest that were
 # measured, without norms and convolutions, and with SGD behind batch norms (docs/reproduced,
 # when.json and left-out*.csv; a test compares).
-RATE_RATIOS = {"sgd": (0.12, 1.5), "adaptive": (0.5, 1.0), "norms": (0.5, 5.07)}
+RATE_RATIOS = {"sgd": (0.12, 2.0), "adaptive": (0.5, 2.0), "norms": (0.5, 5.07)}
 
 Data = tuple[Iterable[tuple[Tensor, Tensor]], Loss]
 
@@ -64,7 +64,7 @@ class Advice:
     >>> advice = pathlift.advise(model, x, "sgd")
     >>> report = pathlift.condition_(model, x, **advice.settings)
     >>> advice.facts.num_scales, advice.rate_ratio
-    (32, (0.12, 1.5))
+    (32, (0.12, 2.0))
     """
 
     verdict: str
@@ -128,11 +128,11 @@ def advise(
 
     >>> import pathlift, torch
     >>> from torch import nn
-    >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4), nn.ReLU(),
-    ...                       nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 8))
-    >>> pathlift.advise(model, torch.zeros(1, 8), "sgd").verdict
+    >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4), nn.ReLU(),
+    ...                       nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 32))
+    >>> pathlift.advise(model, torch.zeros(1, 32), "sgd").verdict
     'likely to help'
-    >>> pathlift.advise(model, torch.zeros(1, 8), "adamw").verdict
+    >>> pathlift.advise(model, torch.zeros(1, 32), "adamw").verdict
     'nothing to do'
     """
     if not isinstance(model, nn.Module):
@@ -220,15 +220,15 @@ def _rate(facts: Facts) -> str:
     if kind == "norms":
         return (
             f"search again, from half to {high:.0f} times: with SGD behind batch norms the best "
-            f"rate was {low:g} to {high:g} times that without conditioning, and at the old one @k "
-            f"of @m networks ended higher."
+            f"rate was {low:g} to {high:g} times that without conditioning, and at the old one 2 "
+            f"of 6 networks ended higher."
         )
     return (
         f"search again, from an eighth to twice: with SGD the best rate was {low:g} to {high:g} "
         f"times that without conditioning. The largest stable rate, which data=(loader, loss) "
         f"measures, said which way (0.28 to 0.63 for autoencoders, 1.5 for a classifier). Without "
-        f"a search take criterion='weight-norm': at the old best rate @a of @b networks with wide "
-        f"outputs ended @c% to @d% lower with it, and the others showed no difference."
+        f"a search take criterion='weight-norm': at the old best rate 16 of 21 networks with wide "
+        f"outputs ended 3% to 32% lower with it, and the others showed no difference."
     )
 
 

@@ -100,15 +100,15 @@ def judged(facts: Facts) -> Finding:
         return Finding(
             LIKELY,
             brief.format(width),
-            f"{what.format(width)}, more than Adam's steps of one size make up for: @A of @B such "
-            f"networks ended @a lower with Adam or AdamW.",
+            f"{what.format(width)}, more than Adam's steps of one size make up for: 7 of 7 such "
+            f"networks ended 5% to 15% lower with Adam or AdamW.",
         )
     return Finding(
         LIKELY,
         brief.format(width),
-        f"{what.format(width)}, and SGD has one rate for all layers: @C of @D such networks, which "
-        f"reconstruct or complete images, ended @c lower, each at its own best rate, which mostly "
-        f"is a smaller one than without.",
+        f"{what.format(width)}, and SGD has one rate for all layers: 20 of 21 such networks, which "
+        f"reconstruct or complete images, ended 3% to 32% lower, each at its own best rate, which "
+        f"in half of them is another one than without.",
     )
 
 
@@ -154,8 +154,9 @@ def _behind_batch_norms(facts: Facts) -> Finding | None:
         return Finding(
             DONT,
             brief,
-            "Batch norms divide a scale out again, which the path kernel does not see: of @E "
-            "networks of equal widths behind them @F ended higher (@e), none lower.",
+            "Batch norms divide a scale out again, which the path kernel does not see: of 5 "
+            "networks of equal widths behind them 4 ended higher (3%, 4%, 35% and 42%), none "
+            "lower.",
         )
     if facts.optimizer in ("adaptive", "muon") or facts.fall < SMALL_FALL:
         return Finding(
@@ -167,8 +168,8 @@ def _behind_batch_norms(facts: Facts) -> Finding | None:
         LIKELY,
         f"widths change {facts.width_ratio:.3g} times behind batch norms: search the rate again",
         "Batch norms divide a scale out again, so that what changes most is the rate that is "
-        "needed: @G of @H networks whose widths change ended lower (@g), at @i to @j times their "
-        "old best rate; at the old one @k ended @m higher.",
+        "needed: 6 of 6 networks whose widths change ended lower (1%, 6%, 7%, 9%, 10% and 36%), "
+        "at 0.5 to 5.1 times their old best rate; at the old one 2 ended 32% to 67% higher.",
     )
 
 
@@ -180,7 +181,7 @@ def _adaptive(facts: Facts) -> Finding | None:
             f"Adam and its kin take steps of one size in every parameter, so they have balanced "
             f"most of what conditioning balances, but where outputs are {WIDE:g} times wider than "
             f"the narrowest layer: over 20 seeds at own best rates neither an autoencoder of "
-            f"digits (3% lower) nor a classifier (6% higher) showed a difference, nor did @o of @p "
+            f"digits (3% lower) nor a classifier (6% higher) showed a difference, nor did 5 of 7 "
             f"others.",
         )
     if facts.optimizer == "muon":
@@ -231,16 +232,17 @@ def _few_outputs(facts: Facts) -> Finding | None:
         return Finding(
             NOTHING,
             "all widths are about equal",
-            "All widths are about equal, so one rate suits all layers: of @s such networks with "
-            "SGD @S ended lower, each at its own best rate.",
+            "All widths are about equal, so one rate suits all layers: of 6 such networks with "
+            "SGD 1 ended lower and 1 higher, both by 1%, each at its own best rate.",
         )
     if facts.output_ratio < WIDER:
         return Finding(
             NOTHING,
             "no layer is much narrower than the outputs",
             f"Widths change {facts.width_ratio:.3g} times, but no layer is much narrower than the "
-            f"outputs, as with most classifiers: of @w such settings with SGD @x ended lower (@y), "
-            f"each at its own best rate, @z showed no difference, and @0 ended higher (@1).",
+            f"outputs, as with most classifiers: of 16 such settings with SGD 5 ended lower (1%, "
+            f"2%, 3%, 5% and 38%), each at its own best rate, 9 showed no difference, and 2 ended "
+            f"higher (2% and 16%).",
         )
     return None
 
@@ -251,9 +253,9 @@ def _narrow(facts: Facts) -> Finding | None:
             NOTHING,
             f"widths change {facts.width_ratio:.3g} times, to a narrow code",
             f"Widths change {facts.width_ratio:.3g} times: in so narrow a code few paths share "
-            f"most of their weights, of which the path kernel's diagonal says least. Of @q "
-            f"autoencoders with codes of 2 and 4 @r ended lower (@R) and none higher; with "
-            f"criterion='weight-norm' @t of @T ended @u lower, at their old best rates.",
+            f"most of their weights, of which the path kernel's diagonal says least. Of 5 "
+            f"autoencoders with codes of 2 and 4 1 ended lower (5%) and none higher; with "
+            f"criterion='weight-norm' 3 of 4 ended 3% to 12% lower, at their old best rates.",
         )
     return None
 
@@ -349,7 +351,9 @@ def _widths(group: RescalingGroup) -> tuple[list[int], list[int]]:
     """
     free, pinned = [], []
     for spec in group.parameters.values():
-        if any(axes == (0,) for axes, _ in spec.components()):
+        # A single channel's scale is the whole tensor's.
+        channels = (0,) if spec.shape[:1] != (1,) else ()
+        if any(axes == channels for axes, _ in spec.components()):
             free.append(spec.shape[0])
         elif len(spec.shape) > 1:
             pinned.append(spec.shape[0])

@@ -22,7 +22,7 @@ def build():
     return nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 3), nn.ReLU(), nn.Linear(3, 2))
 
 def coder():
-    return nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 3), nn.ReLU(), nn.Linear(3, 4))
+    return nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 1), nn.ReLU(), nn.Linear(1, 4))
 
 def tied():
     model = build()
@@ -80,8 +80,8 @@ def test_advise(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
     spec = spec.replace("build", "coder")
     assert main(["advise", spec, "--input", "2,4", "--optimizer", "sgd", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["verdict"] == "likely to help" and data["facts"]["num_scales"] == 33
-    assert data["settings"]["exact"] is False and data["rate_ratio"] == [0.12, 1.5]
+    assert data["verdict"] == "likely to help" and data["facts"]["num_scales"] == 31
+    assert data["settings"]["exact"] is False and data["rate_ratio"] == [0.12, 2.0]
     assert main(["advise", spec, "--input", "2,4", "--optimizer", "adamw"]) == 0
     assert capsys.readouterr().out.startswith("conditioning  nothing to do\n")
 

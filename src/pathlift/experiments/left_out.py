@@ -17,7 +17,14 @@ from pathlift.experiments.architectures import width_ratio
 from pathlift.experiments.catalogue import factor_two
 from pathlift.experiments.compare import LABELS
 from pathlift.experiments.exactness import CONTINUOUS, ENORM, NONE, one_network, rate_of
-from pathlift.experiments.judging import RIGHT, Entry, network_of, rank_auc, verdict_of
+from pathlift.experiments.judging import (
+    RIGHT,
+    Entry,
+    facts_of_entry,
+    network_of,
+    rank_auc,
+    verdict_of,
+)
 from pathlift.experiments.study import Result, Run, Study, Table, stored
 from pathlift.experiments.summary import Setting, plain, settings_of
 from pathlift.experiments.sweep import Place, cell_data, start_of
@@ -33,6 +40,7 @@ _BY_DATA: dict[str, dict[str, Any]] = {
     "cifar10": {**_IMAGES, "samples": 6_000},
     "python-manual": {"samples": 1920, "batch": 16, "epochs": 2},
 }
+_SEEN = {1: "gain", 0: "no difference", -1: "loss", None: "too few seeds"}
 _EMBEDDED = ("digits", "photographs", "python-manual")
 
 
@@ -235,7 +243,8 @@ def experiment(name: str, chosen: dict[str, Study], run: Run) -> Result:
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
     head = (
-        *("network", "data", "optimizer", "width ratio", "imbalance", "verdict", "right"),
+        *("network", "data", "optimizer", "width ratio", "outputs / layer"),
+        *("imbalance", "verdict", "seen", "right"),
         *("gain, continuous", "best rate / baseline's", "continuous, old rate"),
         *("gain, ENorm", "ENorm, old rate", "at the grid's edge"),
     )
@@ -249,9 +258,11 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
         imbalances = (t["imbalance_before"], after)
         lines.append(
             (
-                *(network_of(t), t["data"], t["optimizer"], f"{t['width_ratio']:g}"),
+                *(network_of(t), t["data"], t["optimizer"], f"{t['width_ratio']:.3g}"),
+                f"{facts_of_entry(t).output_ratio:.3g}",
                 " → ".join("not defined" if v is None else f"{v:.3f}" for v in imbalances),
                 o.verdict,
+                _SEEN[o.sign()],
                 {True: "yes", False: "no", None: "too few seeds"}[o.right],
                 shown(o.gain()),
                 f"{best[CONTINUOUS] / best[NONE]:.2g}",

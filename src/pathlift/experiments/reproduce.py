@@ -146,8 +146,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "MNIST and Fashion-MNIST's first 12,000 images, CIFAR-10's (JPEG) first 6,000, 5 epochs; "
         "digits, 20 epochs; Python's manual, 240 steps of 16 pieces; rates a factor 2 apart, 5 "
         "seeds. Gains are shares of the baseline's final training loss (positive: lower loss), "
-        "each method at its own best rate, with 95% intervals over paired seeds. Small: digits and "
-        "the manual.",
+        "each method at its own best rate, with 95% intervals over paired seeds; outputs / layer: "
+        "outputs over the narrowest layer. Small: digits and the manual.",
         _whole(left_out.experiment),
         left_out.studies,
         before=left_out.foretold,
