@@ -34,6 +34,7 @@ def test_values_of_options() -> None:
     labelled = Data("images", torch.zeros(4, 64), torch.zeros(4, dtype=torch.int64), 2)
     fitting = {
         "autoencoder": Data("images", labelled.inputs, None),
+        "completion": labelled.completion(),
         "transformer": Data("text", labelled.inputs.long(), labelled.inputs.long(), 2),
     }
     for name in named["architectures"]:

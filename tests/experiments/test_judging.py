@@ -13,7 +13,7 @@ def _entry(verdict: str, sign: int | None, fixed: int = 0, **more: Any) -> dict[
     """A setting that the rule gives a verdict on."""
     gains = {"own_best_rates": {"sign": sign}, "baseline_best_rate": {"sign": fixed}}
     entry = {
-        "architecture": "mlp:64-8-64",
+        "architecture": "autoencoder:64-8",
         "data": "digits",
         "optimizer": "adam" if verdict == NOTHING else "sgd",
         "batch_norm": verdict == DONT,

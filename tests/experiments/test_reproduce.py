@@ -23,6 +23,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
 SHAPES = {
     "python-manual": ((64,), 96),
+    "photographs": ((64,), 0),
     "two-moons": ((2,), 2),
     "digits": ((64,), 10),
     "digits-pixelwise": ((64,), 10),
