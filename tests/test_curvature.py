@@ -94,3 +94,44 @@ def test_what_is_not_measured_is_refused() -> None:
     model.requires_grad_(False)
     with pytest.raises(ArgumentError, match="no trainable parameter"):
         curvature(model, [(x, x)], mse_loss)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x)[0])
+
+
+ATTENTION = {
+    "attention": lambda: nn.TransformerEncoderLayer(3, 1, 4, dropout=0.0, batch_first=True),
+    "recurrent": _Recurrent,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_kernels_with_second_derivatives_are_taken(name: str, dtype: torch.dtype) -> None:
+    """Fused attention and recurrent layers have none; the same sums written out have."""
+    torch.manual_seed(0)
+    model, x = ATTENTION[name]().to(dtype), torch.randn(5, 4, 3, dtype=dtype)
+    found = curvature(model, [(x, x)], mse_loss, tol=1e-6, iterations=500)
+    matrix, _ = _dense(model.double(), [(x.double(), x.double())], mse_loss)
+    largest = float(torch.linalg.eigvalsh(matrix)[-1])
+    assert found.largest == pytest.approx(largest, rel=1e-3)
+
+
+def test_an_operation_without_second_derivatives_is_refused_in_words() -> None:
+    class Binned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.EmbeddingBag(5, 3, mode="max")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table(x)
+
+    x, y = torch.randint(5, (4, 2)), torch.randn(4, 3)
+    with pytest.raises(ArgumentError, match="second derivatives"):
+        curvature(Binned(), [(x, y)], mse_loss)

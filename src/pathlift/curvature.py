@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pathlift.capture.by_name import check_by_name
 from pathlift.errors import ArgumentError
@@ -62,8 +64,8 @@ def curvature(
 
     Raises:
         ArgumentError: no batch, a batch that is no pair of tensors, no trainable parameter, one
-            that the model reaches by another way than its name, or a curvature that is not
-            positive and finite.
+            that the model reaches by another way than its name, an operation without second
+            derivatives, or a curvature that is not positive and finite.
 
     >>> import torch
     >>> from pathlift.curvature import curvature
@@ -81,7 +83,7 @@ def curvature(
             "before freezing."
         )
     check_by_name(model, (batches[0][0],))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _twice_differentiable():
         linear = [_Linear(model, parameters, batch, loss) for batch in batches]
         total = sum(part.samples for part in linear)
         shares = [part.samples / total for part in linear]
@@ -130,6 +132,26 @@ def _batches(data: Iterable[Batch], count: int) -> list[Batch]:
                 f"{type(batch).__name__}. Wrap the loader to yield such pairs."
             )
     return [(x, y) for x, y in found]
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Kernels with second derivatives, where there is a choice; an error in words elsewhere."""
+    backends = torch.backends
+    try:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            backends.mkldnn.flags(enabled=False),
+            backends.cudnn.flags(enabled=False),
+        ):
+            yield
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise ArgumentError(
+            f"the curvature takes second derivatives, and an operation of the model has none: "
+            f"{str(error).splitlines()[0]}. Leave data out."
+        ) from error
 
 
 class _Linear:
