@@ -150,7 +150,7 @@ def _twice_differentiable() -> Iterator[None]:
             raise
         raise ArgumentError(
             f"the curvature takes second derivatives, and an operation of the model has none: "
-            f"{str(error).splitlines()[0]}. Leave data out."
+            f"{str(error).splitlines()[0].rstrip('.')}. Leave data out."
         ) from error
 
 
