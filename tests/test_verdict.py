@@ -311,3 +311,34 @@ def test_a_single_channel_is_a_width() -> None:
     assert (facts.width_ratio, facts.output_ratio, facts.num_scales) == (30, 4, 31)
     one = nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 1))
     assert pathlift.advise(one, torch.randn(2, 4), "sgd").facts.output_ratio == 1 / 30
+
+
+class Conv2dNormActivation(nn.Sequential):
+    """torchvision's name of a convolution with its norm."""
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """timm's: a batch norm that holds its activation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))
+
+
+def test_what_only_holds_a_norm_is_none() -> None:
+    def block(a: int, b: int) -> nn.Module:
+        return Conv2dNormActivation(nn.Conv2d(a, b, 3), nn.BatchNorm2d(b), nn.ReLU())
+
+    plain = nn.Sequential(block(3, 8), block(8, 16), nn.Flatten(), nn.Linear(16 * 16, 4))
+    timm = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8), nn.Conv2d(8, 16, 3), nn.Flatten())
+    layer = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(16, 3, 8, 8)
+    facts = pathlift.advise(plain, x[:, :, :8, :8], "sgd").facts
+    assert (facts.batch_norms, facts.other_norms) == (2 / 3, 0)
+    facts = pathlift.advise(timm, x, "sgd").facts
+    assert (facts.batch_norms, facts.other_norms) == (1 / 2, 0)
+    facts = pathlift.advise(layer, torch.randn(4, 8), "sgd").facts
+    assert (facts.batch_norms, facts.other_norms) == (0, 1 / 2)

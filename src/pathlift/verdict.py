@@ -321,7 +321,7 @@ def facts_of(
     names = [type(m).__name__.lower() for m in structure.modules()]
     weights = max(sum(len(s.shape) > 1 for s in group.parameters.values()), 1)
     stand_ins = {**report.approximated, **report.unsupported}
-    norms = [n for n in names if "norm" in n and "weightnorm" not in n and "spectral" not in n]
+    norms = [type(m).__name__.lower() for m in structure.modules() if _normalises(m)]
     batch = sum("batchnorm" in n for n in norms)
     functional = sum(c for n, c in stand_ins.items() if "rsqrt" in n or n.endswith("_norm"))
     scales = report.log2_scales
@@ -341,6 +341,14 @@ def facts_of(
         span=float(scales.max() - scales.min()) if len(scales) else 0.0,
         frozen=sum(p.numel() for p in parameters if not p.requires_grad) / entries,
     )
+
+
+def _normalises(module: nn.Module) -> bool:
+    """Whether it is a norm, by its name; what only holds one (Conv2dNormActivation) is none."""
+    name = type(module).__name__.lower()
+    if "norm" not in name or "weightnorm" in name or "spectral" in name:
+        return False
+    return bool(module._parameters or module._buffers or not module._modules)
 
 
 def _widths(group: RescalingGroup) -> tuple[list[int], list[int]]:
