@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,7 +119,11 @@ def test_kernels_with_second_derivatives_are_taken(name: str, dtype: torch.dtype
     """Fused attention and recurrent layers have none; the same sums written out have."""
     torch.manual_seed(0)
     model, x = ATTENTION[name]().to(dtype), torch.randn(5, 4, 3, dtype=dtype)
-    found = curvature(model, [(x, x)], mse_loss, tol=1e-6, iterations=500)
+    before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = curvature(model, [(x, x)], mse_loss, tol=1e-6, iterations=500)
+    assert before == (torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled())
     matrix, _ = _dense(model.double(), [(x.double(), x.double())], mse_loss)
     largest = float(torch.linalg.eigvalsh(matrix)[-1])
     assert found.largest == pytest.approx(largest, rel=1e-3)

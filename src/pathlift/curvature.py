@@ -137,13 +137,12 @@ def _batches(data: Iterable[Batch], count: int) -> list[Batch]:
 @contextmanager
 def _twice_differentiable() -> Iterator[None]:
     """Kernels with second derivatives, where there is a choice; an error in words elsewhere."""
-    backends = torch.backends
+    # Set one by one: torch.backends.*.flags set all there is, and warn of some.
+    before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
     try:
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            backends.mkldnn.flags(enabled=False),
-            backends.cudnn.flags(enabled=False),
-        ):
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     except RuntimeError as error:
         if "is not implemented" not in str(error):
@@ -152,6 +151,9 @@ def _twice_differentiable() -> Iterator[None]:
             f"the curvature takes second derivatives, and an operation of the model has none: "
             f"{str(error).splitlines()[0].rstrip('.')}. Leave data out."
         ) from error
+    finally:
+        torch._C._set_mkldnn_enabled(before[0])
+        torch._C._set_cudnn_enabled(before[1])
 
 
 class _Linear:
