@@ -140,8 +140,8 @@ def _normalised(facts: Facts) -> Finding | None:
             "attention or norms decide the size of activations",
             "Attention or norms that act on every sample decide the size of activations here, "
             "which the path kernel does not see: a two-layer transformer on text with AdamW ended "
-            "10% higher, at a sixteenth of its old best rate, and 31% higher at the old one, and with "
-            "SGD 26% higher. With criterion='weight-norm' it ended where it does without.",
+            "10% higher, at a sixteenth of its old best rate, and 31% higher at the old one, and "
+            "with SGD 26% higher. With criterion='weight-norm' it ended where it does without.",
         )
     return None
 
