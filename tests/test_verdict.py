@@ -80,6 +80,8 @@ def test_one_line_says_what_was_not_done() -> None:
     assert in_one_line(GOOD, False) == "likely to help (widths change 16 times)"
     assert in_one_line(GOOD, True).endswith("; exact=False helps more)")
     assert "with SGD" in in_one_line(replace(GOOD, optimizer="unknown"), False)
+    adam = replace(GOOD, optimizer="adaptive", output_ratio=30.0)
+    assert in_one_line(adam, False) == "likely to help (outputs 30 times wider than a layer)"
 
 
 def test_a_report_ends_with_the_advice() -> None:

@@ -88,27 +88,25 @@ def judged(facts: Facts) -> Finding:
         found = rule(facts)
         if found is not None:
             return found
-    known = math.isfinite(facts.output_ratio)
-    width = facts.output_ratio if known else facts.width_ratio
-    what = (
-        "Outputs are {:.3g} times wider than the narrowest layer"
-        if known
-        else ("Widths change {:.3g} times")
-    )
-    brief = "outputs {:.3g} times wider than a layer" if known else "widths change {:.3g} times"
+    if math.isfinite(facts.output_ratio):
+        brief = f"outputs {facts.output_ratio:.3g} times wider than a layer"
+        what = f"Outputs are {facts.output_ratio:.3g} times wider than the narrowest layer"
+    else:
+        brief = f"widths change {facts.width_ratio:.3g} times"
+        what = f"Widths change {facts.width_ratio:.3g} times"
     if facts.optimizer == "adaptive":
         return Finding(
             LIKELY,
-            brief.format(width),
-            f"{what.format(width)}, more than Adam's steps of one size make up for: 7 of 7 such "
-            f"networks ended 5% to 15% lower with Adam or AdamW.",
+            brief,
+            f"{what}, more than Adam's steps of one size make up for: 7 of 7 such networks ended "
+            f"5% to 15% lower with Adam or AdamW.",
         )
     return Finding(
         LIKELY,
-        brief.format(width),
-        f"{what.format(width)}, and SGD has one rate for all layers: 20 of 21 such networks, which "
-        f"reconstruct or complete images, ended 3% to 32% lower, each at its own best rate, which "
-        f"in half of them is another one than without.",
+        brief,
+        f"{what}, and SGD has one rate for all layers: 20 of 21 such networks, which reconstruct "
+        f"or complete images, ended 3% to 32% lower, each at its own best rate, which in half of "
+        f"them is another one than without.",
     )
 
 
@@ -117,7 +115,7 @@ def in_one_line(facts: Facts, exact: bool) -> str:
     verdict, brief, _ = judged(facts)
     more = ""
     if verdict == LIKELY:
-        known = facts.optimizer == "sgd"
+        known = facts.optimizer in ("sgd", "adaptive")
         more = ("" if known else ", with SGD") + ("; exact=False helps more" if exact else "")
     return f"{verdict} ({brief}{more})"
 
