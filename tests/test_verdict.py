@@ -183,7 +183,7 @@ def test_numbers_in_reasons_are_those_of_the_runs() -> None:
     reason = judged(replace(GOOD, width_ratio=64.0)).reason
     up, _, down = signs(narrow)
     enorm = shares(narrow, "enorm_old")
-    assert f"Of {len(narrow)} autoencoders with codes of 2 and 4 {up} ended lower" in reason
+    assert f"Of {len(narrow)} autoencoders with codes of 2 and 4, {up} ended lower" in reason
     assert f"({shares(narrow, 'own')[0]}%) and none higher" in reason and (up, down) == (1, 0)
     there = [s for s in narrow if s.enorm_old is not None]
     assert f"{len(enorm)} of {len(there)} ended {enorm[0]}% to {enorm[-1]}% lower" in reason

@@ -252,7 +252,7 @@ def _narrow(facts: Facts) -> Finding | None:
             f"widths change {facts.width_ratio:.3g} times, to a narrow code",
             f"Widths change {facts.width_ratio:.3g} times: in so narrow a code few paths share "
             f"most of their weights, of which the path kernel's diagonal says least. Of 5 "
-            f"autoencoders with codes of 2 and 4 1 ended lower (5%) and none higher; with "
+            f"autoencoders with codes of 2 and 4, 1 ended lower (5%) and none higher; with "
             f"criterion='weight-norm' 3 of 4 ended 3% to 12% lower, at their old best rates.",
         )
     return None
