@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pathlift.capture.by_name import check_by_name
+from pathlift.capture.inputs import as_inputs
 from pathlift.errors import ArgumentError
 
 Loss = Callable[[Any, Any], Tensor]
@@ -82,7 +83,7 @@ def curvature(
             "the model has no trainable parameter, so there is no curvature to measure. Pass it "
             "before freezing."
         )
-    check_by_name(model, (batches[0][0],))
+    check_by_name(model, as_inputs(batches[0][0]))
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _twice_differentiable():
         linear = [_Linear(model, parameters, batch, loss) for batch in batches]
         total = sum(part.samples for part in linear)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import pathlift
 from pathlift.capture.by_name import check_by_name
+from pathlift.capture.inputs import as_inputs
 from pathlift.curvature import curvature
 from pathlift.errors import ArgumentError
 
@@ -58,9 +59,23 @@ def test_the_check_leaves_no_trace(training: bool) -> None:
     before = {n: t.clone() for n, t in model.state_dict().items()}
     state = torch.get_rng_state()
     with torch.no_grad():
-        check_by_name(model, (X,))
+        check_by_name(model, as_inputs(X))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state()) and not calls
     assert not model.first.weight.requires_grad and model.last.weight.grad is None
     model(X).sum().backward()
     assert len(calls) == 1
+
+
+def test_the_check_runs_on_a_copy_of_the_batch() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x.mul_(2.0))
+
+    x = X.clone()
+    check_by_name(InPlace(), as_inputs(x))
+    assert torch.equal(x, X)

@@ -6,16 +6,16 @@ parameter elsewhere runs with its own, and derivatives by the given values lack 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pathlift.capture.inputs import tensors_in
+from pathlift.capture.inputs import copied, tensors_in
 from pathlift.capture.names import named_tensors, preserved
+from pathlift.capture.program import Inputs
 from pathlift.errors import ArgumentError
 
 
@@ -36,10 +36,10 @@ def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
-def check_by_name(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
-) -> None:
+def check_by_name(model: nn.Module, inputs: Inputs) -> None:
     """Run the model with copies in the place of its parameters, and see that it uses these alone.
+
+    On a copy of the inputs, which forward may write into.
 
     Raises:
         ArgumentError: a parameter itself is reached.
@@ -48,7 +48,8 @@ def check_by_name(
     own = {n: p for n, p in named.items() if p.is_floating_point() or p.is_complex()}
     given = {n: t.detach().clone() for n, t in (named | buffers).items()}
     with preserved(model), torch.enable_grad(), differentiable(own.values()):
-        out = functional_call(model, given, args, dict(kwargs or {}))
+        batch = copied(inputs)
+        out = functional_call(model, given, batch.args, batch.kwargs)
         reached = [t for t in tensors_in(out) if t.requires_grad]
         if not reached or not own:
             return

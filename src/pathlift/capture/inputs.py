@@ -32,6 +32,15 @@ def as_inputs(example_inputs: object) -> Inputs:
     )
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """Inputs that a call may write into."""
+    return Inputs(*pytree.tree_map_only(Tensor, _copy, (inputs.args, inputs.kwargs)))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if tensor.layout == torch.strided else tensor
+
+
 def describe(inputs: Inputs) -> str:
     """Shapes and dtypes of the inputs, for messages."""
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pathlift import operations
 from pathlift.capture.fakes import Fakes
-from pathlift.capture.inputs import as_inputs, doubled, rolled, tensors_in
+from pathlift.capture.inputs import as_inputs, copied, doubled, rolled, tensors_in
 from pathlift.capture.ledger import Ledger, graph_of
 from pathlift.capture.modes import below_autograd, quiet
 from pathlift.capture.names import attributes, check_model, module_paths, named_tensors
@@ -185,9 +185,9 @@ class _Session:
                 for parameter in self.floating.values():
                     self.before.keep(parameter)  # nobody watches what is written
                 self.set_mode(mode)
-                copied = _copied(inputs)
+                given = copied(inputs)
                 with torch.no_grad(), plain_arithmetic(), callers_device():
-                    self.model(*copied.args, **copied.kwargs)
+                    self.model(*given.args, **given.kwargs)
                 return inputs, None
             except Exception as error:
                 self.before.restore()
@@ -198,7 +198,7 @@ class _Session:
     def _watched(self, mode: bool, inputs: Inputs) -> list[str]:
         """Run for real, with gradients where the record has none; what that called."""
         self.set_mode(mode)
-        copied = _copied(inputs)
+        given = copied(inputs)
         own = {id(t) for t in self._tensors().values()}
         reads = Reads(lambda tensor: None, True, own)
         # Fast kernels: they change what is inside of an operation, not which one is called.
@@ -213,7 +213,7 @@ class _Session:
             Witness(run, self.before.keep) as witness,
             reads,
         ):
-            out = self.model(*copied.args, **copied.kwargs)
+            out = self.model(*given.args, **given.kwargs)
         if first is not None:
             first.ended(self.model, out, mode)
         return witness.seen
@@ -351,15 +351,6 @@ class _Session:
 def _numpy_state() -> tuple[bytes, object]:
     kind, words, *rest = np.random.get_state(legacy=True)
     return np.asarray(words).tobytes(), (kind, *rest)
-
-
-def _copied(inputs: Inputs) -> Inputs:
-    """Inputs that a call may write into."""
-    return Inputs(*pytree.tree_map_only(Tensor, _copy, (inputs.args, inputs.kwargs)))
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone() if tensor.layout == torch.strided else tensor
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from pathlift.capture.by_name import check_by_name
+from pathlift.capture.inputs import as_inputs
 from pathlift.capture.names import check_model, named_tensors, preserved
 from pathlift.capture.program import Program
 from pathlift.criteria.protocol import Criterion, Sink
@@ -89,7 +90,7 @@ def squared_gradients(
         for batch in itertools.islice(batches, max_batches):
             x, y = _pair(batch)
             if not count and len(x):
-                check_by_name(model, (x[:1],))
+                check_by_name(model, as_inputs(x[:1]))
             for start in range(0, len(x), chunk):
                 part = slice(start, start + chunk)
                 gradients = per_sample(parameters, x[part], y[part])

@@ -157,7 +157,7 @@ class _Batch:
                 "requires_grad on the parameters that count."
             )
         given = as_inputs(inputs)
-        check_by_name(model, given.args, given.kwargs)
+        check_by_name(model, given)
         flat, spec = pytree.tree_flatten((given.args, given.kwargs))
         flat = [_wide(v) if isinstance(v, Tensor) else v for v in flat]
         positions = [i for i, v in enumerate(flat) if isinstance(v, Tensor)]
