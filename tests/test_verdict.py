@@ -57,6 +57,7 @@ GOOD = Facts(100, 0.7, 0.2, 16.0, optimizer="sgd")
         ({"width_ratio": 1.0}, NOTHING, "All widths are about equal"),
         ({"batch_norms": 0.8}, LIKELY, "67% higher"),
         ({"batch_norms": 0.8, "optimizer": "adaptive"}, NOTHING, "tried with SGD alone"),
+        ({"batch_norms": 0.8, "imbalance_after": 0.69}, NOTHING, "would fall from 0.700"),
         ({"batch_norms": 0.8, "width_ratio": 1.0}, DONT, "42%"),
         ({"batch_norms": 0.8, "convolutions": 0.9}, NOTHING, "a ResNet-18 of 6 channels"),
         ({"width_ratio": 64.0}, NOTHING, "Widths change 64 times: in so narrow a code"),

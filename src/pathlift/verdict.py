@@ -156,7 +156,9 @@ def _behind_batch_norms(facts: Facts) -> Finding | None:
             "networks of equal widths behind them 4 ended higher (3%, 4%, 35% and 42%), none "
             "lower.",
         )
-    if facts.optimizer in ("adaptive", "muon") or facts.fall < SMALL_FALL:
+    if facts.fall < SMALL_FALL:
+        return None
+    if facts.optimizer in ("adaptive", "muon"):
         return Finding(
             NOTHING,
             brief,
@@ -225,8 +227,7 @@ def _level(facts: Facts) -> Finding | None:
 
 
 def _few_outputs(facts: Facts) -> Finding | None:
-    known = math.isfinite(facts.output_ratio)
-    if facts.width_ratio < CHANGING and (not known or facts.output_ratio < WIDER):
+    if facts.width_ratio < CHANGING and not WIDER <= facts.output_ratio < math.inf:
         return Finding(
             NOTHING,
             "all widths are about equal",
