@@ -91,16 +91,16 @@ def signs(found: Sequence[Setting], column: str = "own") -> tuple[int, int, int]
     return gains.count(1), gains.count(0), gains.count(-1)
 
 
-def told(name: str = "") -> list[Setting]:
-    """Those that were told before they were trained: of one set, or of all."""
-    return [s for s in settings() if s.behind == name or (not name and s.behind in TOLD)]
+def told(name: str) -> list[Setting]:
+    """Those of a set that was told before it was trained."""
+    return [s for s in settings() if s.behind == name]
 
 
 def _when() -> Iterator[Setting]:
     for entry in distinct(json.loads((FOLDER / "when.json").read_text(encoding="utf-8"))):
-        of = entry["methods"]
-        gains = [_of_json(of.get(m, {}).get(r)) for m in (CONTINUOUS, ENORM) for r in (OWN, FIXED)]
-        ratio = of[CONTINUOUS]["rate_ratio"]
+        by = entry["methods"]
+        gains = [_of_json(by.get(m, {}).get(r)) for m in (CONTINUOUS, ENORM) for r in (OWN, FIXED)]
+        ratio = by[CONTINUOUS]["rate_ratio"]
         what = network_of(entry), entry["data"], entry["optimizer"]
         yield Setting(*what, facts_of_entry(entry), "when", "", *gains, ratio)
 

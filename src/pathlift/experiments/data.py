@@ -54,11 +54,14 @@ class Data:
         return "regression" if self.targets.is_floating_point() else "classification"
 
     @property
+    def wanted(self) -> Tensor:
+        """What a network is to give for the inputs: the targets, or the inputs themselves."""
+        return self.inputs if self.targets is None else self.targets
+
+    @property
     def outputs(self) -> int:
         """How many numbers are to be given for a sample."""
-        if self.kind == "classification":
-            return self.classes
-        return (self.inputs if self.targets is None else self.targets)[0].numel()
+        return self.classes if self.kind == "classification" else self.wanted[0].numel()
 
     @property
     def dtype(self) -> torch.dtype:

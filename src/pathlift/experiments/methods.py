@@ -172,7 +172,8 @@ def _acquainted(model: nn.Module, example: Tensor) -> nn.Module:
 def _criterion(name: str, model: nn.Module, data: Data, example: Tensor) -> str | Criterion:
     """What :func:`pathlift.condition_` takes for the criterion of a method."""
     if name == "fisher":
-        return fisher(model, [_pairs(data.first(_FISHER_SAMPLES))], loss_of(data))
+        first = data.first(_FISHER_SAMPLES)
+        return fisher(model, [(first.inputs, first.wanted)], loss_of(data))
     if name == "path-root":
         diagonal = pathlift.path_kernel_diagonal(model, example)
         return _first_power({n: g.sqrt() for n, g in diagonal.items()})
@@ -202,10 +203,6 @@ def first_powers(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
 def loss_of(data: Data) -> Callable[[Any, Any], Tensor]:
     """The training loss of the data's task."""
     return cross_entropy if data.kind == "classification" else mse_loss
-
-
-def _pairs(data: Data) -> tuple[Tensor, Tensor]:
-    return data.inputs, data.inputs if data.targets is None else data.targets
 
 
 @functools.cache

@@ -58,6 +58,11 @@ def _train(name: str, small: bool, run: Run) -> Result:
     )
 
 
+def _told(title: str, about: str, studies: Callable[[bool], dict[str, Study]]) -> Experiment:
+    """A set of settings whose verdicts are written down before anything is trained."""
+    return Experiment(title, about, _whole(left_out.experiment), studies, before=left_out.foretold)
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "two-moons": Experiment(
         "Two moons: MLPs of growing width",
@@ -139,7 +144,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         _whole(when.experiment),
         when.studies,
     ),
-    "left-out": Experiment(
+    "left-out": _told(
         "What advise said before",
         "Networks, data and optimisers that no run behind the rule had together: what the rule of "
         "advise says of each is written to left-out-verdicts.json before anything is trained. "
@@ -148,39 +153,31 @@ EXPERIMENTS: dict[str, Experiment] = {
         "seeds. Gains are shares of the baseline's final training loss (positive: lower loss), "
         "each method at its own best rate, with 95% intervals over paired seeds; outputs / layer: "
         "outputs over the narrowest layer. Small: digits and the manual.",
-        _whole(left_out.experiment),
         left_out.studies,
-        before=left_out.foretold,
     ),
-    "left-out-again": Experiment(
+    "left-out-again": _told(
         "What advise said before, once more",
         "The settings above changed the rule; these were told by the changed rule, in the same "
         "file and likewise before anything was trained. MNIST and Fashion-MNIST's first 12,000 "
         "images, CIFAR-10's (JPEG) first 6,000, 5 epochs; digits, 20 epochs; rates a factor 2 "
         "apart, 5 seeds. Small: digits.",
-        _whole(left_out.experiment),
         left_out.studies_again,
-        before=left_out.foretold,
     ),
-    "left-out-third": Experiment(
+    "left-out-third": _told(
         "What advise said before, a third time",
         "Both sets above changed the rule; these were told by what it is now, in the same file and "
         "likewise before anything was trained. A completion predicts an image's lower half from "
         "its upper one. MNIST and Fashion-MNIST's first 12,000 images, CIFAR-10's (JPEG) first "
         "6,000, 5 epochs; patches of photographs, 20 epochs; rates a factor 2 apart, 5 seeds. "
         "Small: the photographs.",
-        _whole(left_out.experiment),
         left_out.studies_third,
-        before=left_out.foretold,
     ),
-    "left-out-fourth": Experiment(
+    "left-out-fourth": _told(
         "What advise said before, a fourth time",
         "The three sets above changed the rule; these were told by what it is now, in the same "
         "file and likewise before anything was trained. MNIST and Fashion-MNIST's first 12,000 "
         "images, 5 epochs; digits, 20 epochs; rates a factor 2 apart, 5 seeds. Small: digits.",
-        _whole(left_out.experiment),
         left_out.studies_fourth,
-        before=left_out.foretold,
     ),
     "scales": Experiment(
         "Size of the rescaling at initialisation",

@@ -115,10 +115,15 @@ class Batches:
             yield self.data.inputs[chosen], None if targets is None else targets[chosen]
 
 
+def _squares(out: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
+    """Squared errors, of the inputs' reconstruction where there are no targets."""
+    return (out - (x if y is None else y)).square()
+
+
 def scores(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Loss and share of correct answers (0 without classes) of every run, each (R,)."""
     if kind != "classification":
-        loss = (out - (x if y is None else y)).square().flatten(1).mean(1)
+        loss = _squares(out, x, y).flatten(1).mean(1)
         return loss, torch.zeros_like(loss, requires_grad=False)
     assert y is not None
     # Classes in the middle: a softmax over ten neighbours in memory is several times slower.
@@ -130,8 +135,7 @@ def scores(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor,
 def score(kind: str, out: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same for one run."""
     if kind != "classification":
-        return (out - (x if y is None else y)).square().mean(), torch.zeros(
-            (), dtype=out.dtype, device=out.device
-        )
+        none = torch.zeros((), dtype=out.dtype, device=out.device)
+        return _squares(out, x, y).mean(), none
     assert y is not None
     return cross_entropy(out, y), (out.detach().argmax(1) == y).to(out.dtype).mean()

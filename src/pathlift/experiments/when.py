@@ -128,8 +128,8 @@ def stable_rate_factor(cell: Cell, place: Place) -> float:
     """
     data, _ = cell_data(cell, place)
     inputs = data.inputs[: _BATCHES * cell.batch]
-    targets = inputs if data.targets is None else data.targets[: len(inputs)]
-    batches = list(zip(inputs.split(cell.batch), targets.split(cell.batch), strict=True))
+    wanted = data.wanted[: len(inputs)]
+    batches = list(zip(inputs.split(cell.batch), wanted.split(cell.batch), strict=True))
     logs, loss = [], loss_of(data)
     for seed in range(_CURVATURE_SEEDS):
         after, before = (

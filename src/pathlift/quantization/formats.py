@@ -60,9 +60,7 @@ class Format:
         else:
             step = top / self.steps
             torch.div(wide, step, out=there).round_().mul_(step)
-        if out is None:
-            return there.to(values.dtype)
-        return out if there is out else out.copy_(there)
+        return there.to(values.dtype) if out is None else out.copy_(there)
 
 
 FORMATS = {

@@ -89,5 +89,5 @@ def quantised(model: nn.Module, format: str = "int8", per: str = "tensor") -> nn
     made = copy.deepcopy(check_model(model))
     with torch.no_grad():
         for one in weights(made):
-            one.parameter.copy_(chosen.rounded(one.parameter, one.axis(target)))
+            chosen.rounded(one.parameter, one.axis(target), out=one.parameter.data)
     return made

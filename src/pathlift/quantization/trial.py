@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -95,12 +94,7 @@ class Trials:
         for one in self._found:
             values = one.parameter.data
             format.rounded(values, one.axis(self._asked.per), out=values)
-        rounding = (
-            watched(self._layers, lambda _, x: rounded_range(x, format))
-            if self._layers
-            else nullcontext()
-        )
-        with rounding:
+        with watched(self._layers, lambda _, x: rounded_range(x, format)):
             self.errors.append(squared_error(self._exact, run(self._model, self._inputs)))
         if self.errors[-1] < self.error:
             self.scales, self.error = scales, self.errors[-1]
